@@ -15,5 +15,7 @@ pub mod geometry;
 pub mod ids;
 pub mod limits;
 pub mod record;
+pub mod session;
 
 pub mod store;
+pub mod wire;

@@ -333,11 +333,23 @@ impl Verifier {
     }
 }
 
+/// The first record of some bytes, and what follows it.
+#[derive(Debug)]
+pub struct Split<'a> {
+    /// The record's header.
+    pub header: RecordHeader,
+    /// The record's payload.
+    pub payload: &'a [u8],
+    /// The bytes after the record.
+    pub rest: &'a [u8],
+}
+
 /// Splits the first record off `bytes`: `None` if it is not whole yet.
-pub fn split_record(bytes: &[u8]) -> Result<Option<(RecordHeader, &[u8], &[u8])>, RecordError> {
+pub fn split_record(bytes: &[u8]) -> Result<Option<Split<'_>>, RecordError> {
     let Some((header, rest)) = bytes.split_first_chunk::<HEADER_LEN>() else { return Ok(None) };
     let header = RecordHeader::parse(header)?;
-    Ok(rest.split_at_checked(header.payload_len()).map(|(payload, rest)| (header, payload, rest)))
+    let split = rest.split_at_checked(header.payload_len());
+    Ok(split.map(|(payload, rest)| Split { header, payload, rest }))
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ fn encoded(block: u64, plain: &[u8]) -> Vec<u8> {
 }
 
 fn open(bytes: &[u8]) -> Result<Vec<u8>, RecordError> {
-    let (header, payload, rest) = split_record(bytes)?.ok_or(RecordError::Bounds("length"))?;
+    let Split { header, payload, rest } = split_record(bytes)?.ok_or(RecordError::Bounds("length"))?;
     assert!(rest.is_empty());
     Ok(Verifier::new().expect("zstd").verify(&header, payload, geometry())?.bytes().to_vec())
 }
