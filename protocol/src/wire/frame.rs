@@ -24,8 +24,15 @@ fn config() -> Configuration<LittleEndian, Varint, Limit<MAX_FRAME>> {
     bincode::config::standard().with_little_endian().with_variable_int_encoding().with_limit::<MAX_FRAME>()
 }
 
+/// What can be put into a frame.
+pub trait Sendable: Encode {}
+impl<T: Encode> Sendable for T {}
+/// What can be taken out of a frame.
+pub trait Receivable: Decode<()> {}
+impl<T: Decode<()>> Receivable for T {}
+
 /// A message as a frame, its length in front.
-pub fn encode<M: Encode>(message: &M) -> Result<Vec<u8>, FrameError> {
+pub fn encode<M: Sendable>(message: &M) -> Result<Vec<u8>, FrameError> {
     let mut out = vec![0; PREFIX_LEN];
     bincode::encode_into_std_write(message, &mut out, config()).map_err(|e| FrameError::Message(e.to_string()))?;
     let len = out.len() - PREFIX_LEN;
@@ -43,7 +50,7 @@ pub fn frame_len(prefix: [u8; PREFIX_LEN]) -> Result<usize, FrameError> {
 }
 
 /// The message in a frame without its length.
-pub fn decode<M: Decode<()>>(frame: &[u8]) -> Result<M, FrameError> {
+pub fn decode<M: Receivable>(frame: &[u8]) -> Result<M, FrameError> {
     let (message, used) =
         bincode::decode_from_slice(frame, config()).map_err(|e| FrameError::Message(e.to_string()))?;
     if used == frame.len() { Ok(message) } else { Err(FrameError::Message("bytes after the message".into())) }

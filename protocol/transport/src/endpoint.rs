@@ -1,0 +1,192 @@
+//! QUIC endpoints. Each has a thread of its own with a single-threaded runtime, so that packets are never kept waiting
+//! by hashing, compression or disk: measured, a runtime shared with those halves the rate.
+//!
+//! Read first: [`Endpoint::server`] and [`Endpoint::client`].
+
+use std::future::Future;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use backhaul_protocol::wire::SERVER_NAME;
+use backhaul_protocol::wire::message::CloseCode;
+use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime, TransportConfig, VarInt};
+use tokio::runtime::Handle;
+
+use crate::error::TransportError;
+
+/// Largest packet that path discovery tries, bytes of UDP payload. Ten of them, which is what one segmented send
+/// carries, stay under 64 KiB; more hangs (measured at 8972).
+const MAX_PACKET: u16 = 6500;
+/// Credit of one stream. Larger windows make quinn keep thousands of gaps on a lossy path, and close it.
+const STREAM_WINDOW: u32 = 1 << 20;
+/// Block streams that a peer may have open at once.
+pub const MAX_BLOCK_STREAMS: u32 = 32;
+/// UDP buffers asked for; the kernel caps them at net.core.rmem_max and wmem_max.
+const SOCKET_BUFFER: usize = 4 << 20;
+/// A peer that is gone is noticed after this long.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+
+/// Memory that one connection may take: credit for what the peer sends, and what we send and is not acknowledged.
+#[derive(Clone, Copy, Debug)]
+pub struct Windows {
+    /// Bytes of all streams that may be on their way to us and not read yet.
+    pub receive: u32,
+    /// Bytes that we may have on their way.
+    pub send: u64,
+}
+
+impl Windows {
+    /// For a connection that carries blocks. 8 MiB fill 1 Gbit/s at 64 ms.
+    pub const BLOCKS: Self = Self { receive: 8 << 20, send: 8 << 20 };
+}
+
+/// A QUIC endpoint and the thread that drives it. Dropping the last handle ends the thread.
+pub struct Endpoint {
+    inner: quinn::Endpoint,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+    runtime: Handle,
+}
+
+impl Endpoint {
+    /// Listens on `address`.
+    pub fn server(address: SocketAddr, tls: rustls::ServerConfig, windows: Windows) -> Result<Self, TransportError> {
+        let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(tls)
+            .map_err(|_| crate::tls::TlsError::Pem("no TLS 1.3 cipher"))?;
+        let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+        config.transport_config(Arc::new(transport(windows, true)));
+        config.max_incoming(64);
+        Self::start(address, Some(config))
+    }
+
+    /// Any free port, of the same address family as the receiver's address.
+    pub fn client(receiver: SocketAddr) -> Result<Self, TransportError> {
+        let any: SocketAddr = match receiver {
+            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+        };
+        Self::start(any, None)
+    }
+
+    fn start(address: SocketAddr, server: Option<quinn::ServerConfig>) -> Result<Self, TransportError> {
+        let failed = |cause| TransportError::Bind { address, cause };
+        let socket = UdpSocket::bind(address).map_err(failed)?;
+        enlarge_buffers(&socket);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+        let handle = runtime.handle().clone();
+        let mut config = quinn::EndpointConfig::default();
+        config.max_udp_payload_size(MAX_PACKET).map_err(|e| failed(io::Error::other(e)))?;
+        let on_thread = Arc::new(OnThread(handle.clone()));
+        let inner = quinn::Endpoint::new(config, server, socket, on_thread).map_err(failed)?;
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let thread = std::thread::Builder::new()
+            .name("quic".into())
+            .spawn(move || {
+                runtime.block_on(async {
+                    let _ = stopped.await;
+                });
+                runtime.shutdown_background();
+            })
+            .map_err(failed)?;
+        Ok(Self { inner, stop: Some(stop), thread: Some(thread), runtime: handle })
+    }
+
+    /// The address that it is bound to.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    /// The next connection attempt; `None` once closed.
+    pub async fn accept(&self) -> Option<quinn::Incoming> {
+        self.inner.accept().await
+    }
+
+    /// Connections that are open.
+    pub fn open_connections(&self) -> usize {
+        self.inner.open_connections()
+    }
+
+    /// Connects to a receiver.
+    pub async fn connect(
+        &self,
+        address: SocketAddr,
+        tls: rustls::ClientConfig,
+        windows: Windows,
+    ) -> Result<quinn::Connection, TransportError> {
+        let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls)
+            .map_err(|_| crate::tls::TlsError::Pem("no TLS 1.3 cipher"))?;
+        let mut config = quinn::ClientConfig::new(Arc::new(crypto));
+        config.transport_config(Arc::new(transport(windows, false)));
+        Ok(self.inner.connect_with(config, address, SERVER_NAME)?.await?)
+    }
+
+    /// Closes all connections and waits until the peers know, at most two seconds.
+    pub async fn close(&self, code: CloseCode, text: &str) {
+        self.inner.close(VarInt::from_u32(code as u32), text.as_bytes());
+        let _ = tokio::time::timeout(Duration::from_secs(2), self.inner.wait_idle()).await;
+    }
+
+    /// The runtime of the endpoint's thread: for what must not be kept waiting.
+    pub fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Closes a connection with a reason that the other side can show.
+pub fn close(connection: &quinn::Connection, code: CloseCode, text: &str) {
+    connection.close(VarInt::from_u32(code as u32), text.as_bytes());
+}
+
+fn transport(windows: Windows, server: bool) -> TransportConfig {
+    let mut config = TransportConfig::default();
+    let mut mtu = quinn::MtuDiscoveryConfig::default();
+    mtu.upper_bound(MAX_PACKET);
+    config
+        .mtu_discovery_config(Some(mtu))
+        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
+        .receive_window(VarInt::from_u32(windows.receive))
+        .send_window(windows.send)
+        .max_concurrent_bidi_streams(VarInt::from_u32(u32::from(server)))
+        .max_concurrent_uni_streams(VarInt::from_u32(MAX_BLOCK_STREAMS))
+        .datagram_receive_buffer_size(None)
+        .keep_alive_interval(Some(KEEP_ALIVE))
+        .max_idle_timeout(Some(quinn::IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT.as_millis() as u32))));
+    config
+}
+
+fn enlarge_buffers(socket: &UdpSocket) {
+    // Best effort: small buffers cost speed on fast links, nothing else.
+    let _ = rustix::net::sockopt::set_socket_recv_buffer_size(socket, SOCKET_BUFFER);
+    let _ = rustix::net::sockopt::set_socket_send_buffer_size(socket, SOCKET_BUFFER);
+}
+
+/// quinn's tokio runtime, but always on the endpoint's own thread, whoever calls.
+#[derive(Debug)]
+struct OnThread(Handle);
+
+impl Runtime for OnThread {
+    fn new_timer(&self, at: Instant) -> Pin<Box<dyn AsyncTimer>> {
+        let _inside = self.0.enter();
+        TokioRuntime.new_timer(at)
+    }
+    fn spawn(&self, future: Pin<Box<dyn Future<Output = ()> + Send>>) {
+        self.0.spawn(future);
+    }
+    fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        let _inside = self.0.enter();
+        TokioRuntime.wrap_udp_socket(socket)
+    }
+}
