@@ -73,6 +73,12 @@ pub(crate) fn loop_over(file: FileId) -> Option<Dev> {
     disks.into_iter().find(|d| d.loop_backing().and_then(|p| file_id(&p)) == Some(file))
 }
 
+/// The loop device that lies on one of `devices`. Loop devices do not claim what they lie on.
+pub(crate) fn loop_over_device(devices: &[Dev]) -> Option<Dev> {
+    let lies_on = |d: &Dev| d.below().iter().skip(1).any(|b| devices.contains(b));
+    all_devices().into_iter().find(|d| d.partition_number().is_none() && !devices.contains(d) && lies_on(d))
+}
+
 /// The kernel writes space, tab, newline and backslash as `\040`.
 fn unescape(field: &[u8]) -> PathBuf {
     let mut out = Vec::with_capacity(field.len());

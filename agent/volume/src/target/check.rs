@@ -191,7 +191,7 @@ fn is_same_medium(dev: Dev, source: &Path) -> bool {
         || (!same_disk && target_files.iter().any(|f| source_files.contains(f)))
 }
 
-/// Mounts, swap and holders of the device, its partitions and what lies on them; of a partition also of a file system
+/// Mounts, swap, loop devices and holders of the device, its partitions and what lies on them; of a partition also of a file system
 /// on the whole disk.
 fn in_use(dev: Dev) -> Option<Refusal> {
     let mut devices = dev.above();
@@ -201,6 +201,9 @@ fn in_use(dev: Dev) -> Option<Refusal> {
     }
     if let Some(device) = usage::swap_device(&devices) {
         return Some(Refusal::Swap(device.to_string()));
+    }
+    if let Some(device) = usage::loop_over_device(&devices) {
+        return Some(Refusal::Loop(device.to_string()));
     }
     devices.iter().find(|d| !d.holders().is_empty()).map(|held| {
         let holders: Vec<_> = held.holders().iter().map(Dev::to_string).collect();

@@ -54,14 +54,19 @@ pub enum TargetError {
         /// The system's reason.
         source: io::Error,
     },
-    /// A flush failed, now or earlier: what was written since the one before is lost to an unknown part. Run the
-    /// restore again from its start.
-    #[error("{}: what was written could not be flushed; restore again from the start", path.display())]
+    /// A flush failed: what was written since the one before is lost to an unknown part.
+    #[error("{}: what was written could not be flushed; run the restore again", path.display())]
     Flush {
         /// The target.
         path: PathBuf,
-        /// The system's reason; `None` if it was an earlier flush.
-        source: Option<io::Error>,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A write or a flush failed earlier: no later one can make the target whole.
+    #[error("{}: an earlier write or flush failed; run the restore again", path.display())]
+    Lost {
+        /// The target.
+        path: PathBuf,
     },
     /// Bytes for a place that the target does not have: a mistake in this program.
     #[error("{}: {what}", path.display())]
@@ -117,7 +122,7 @@ pub enum Refusal {
         /// What is built on it.
         holders: String,
     },
-    /// The file is the medium of a loop device.
+    /// A loop device lies on the file or device.
     #[error("{0} lies on it; detach that first")]
     Loop(String),
     /// Somebody has it open exclusively.
@@ -165,7 +170,7 @@ impl TargetError {
             Self::NotFound { .. } => TargetErrorKind::NotFound,
             Self::NoSpace { .. } => TargetErrorKind::NoSpace,
             Self::Permission { .. } => TargetErrorKind::Permission,
-            Self::Io { .. } | Self::Flush { .. } | Self::Misfit { .. } => TargetErrorKind::Io,
+            Self::Io { .. } | Self::Flush { .. } | Self::Lost { .. } | Self::Misfit { .. } => TargetErrorKind::Io,
         }
     }
 

@@ -78,7 +78,7 @@ struct Head {
     pending: bool,
     /// Something on the medium was changed since the last finish, or may have been.
     touched: bool,
-    /// A flush or the erasing failed: nothing that is said of this target is true any more.
+    /// A write or flush failed: what is on the medium is not known any more, and never completed from here.
     lost: bool,
 }
 
@@ -129,7 +129,7 @@ impl Target {
         if in_head.end == range.end {
             return Ok(());
         }
-        self.medium.write(in_head.end, &bytes[rest as usize..]).map_err(|e| self.failed("write", &range, e))
+        self.medium.write(in_head.end, &bytes[rest as usize..]).map_err(|e| self.lose("write", &range, e))
     }
 
     /// Makes `range` (bytes) read as zeroes: a hole in a file, BLKZEROOUT on a device.
@@ -143,15 +143,16 @@ impl Target {
         if rest.is_empty() {
             return Ok(());
         }
-        self.medium.zero(rest).map_err(|e| self.failed("zero", &range, e))
+        self.medium.zero(rest).map_err(|e| self.lose("zero", &range, e))
     }
 
-    /// Completes the restore: everything else first, then the first MiB. May be called again after more writes, but a
-    /// flush that failed is never repeated: then the target is lost until it is opened and compared anew.
+    /// Completes the restore: everything else first, then the first MiB. May be called again after more writes. Once a
+    /// write or flush has failed it always fails ([`TargetError::Lost`]): a failed flush is never repeated, and the
+    /// first MiB is not put on top of what is not whole. Open and compare anew.
     pub fn finish(&self, durability: Durability) -> Result<(), TargetError> {
         let mut head = self.head();
         if head.lost {
-            return Err(TargetError::Flush { path: self.path.clone(), source: None });
+            return Err(TargetError::Lost { path: self.path.clone() });
         }
         if head.pending {
             if durability == Durability::Device {
@@ -159,7 +160,10 @@ impl Target {
             }
             let range = 0..head.bytes.len() as u64;
             let whole: &[u8] = &head.bytes;
-            self.medium.write(0, whole).map_err(|e| self.failed("write", &range, e))?;
+            if let Err(e) = self.medium.write(0, whole) {
+                head.lost = true;
+                return Err(self.failed("write", &range, e));
+            }
             (head.pending, head.touched) = (false, true);
         }
         match durability {
@@ -176,7 +180,7 @@ impl Target {
     fn flush(&self, head: &mut Head) -> Result<(), TargetError> {
         self.medium.flush().map_err(|source| {
             head.lost = true;
-            TargetError::Flush { path: self.path.clone(), source: Some(source) }
+            TargetError::Flush { path: self.path.clone(), source }
         })
     }
 
@@ -205,7 +209,7 @@ impl Target {
     fn change(&self, part: Range<u64>, apply: impl FnOnce(&mut [u8], usize)) -> Result<(), TargetError> {
         let mut head = self.head();
         if head.lost {
-            return Err(TargetError::Flush { path: self.path.clone(), source: None });
+            return Err(TargetError::Lost { path: self.path.clone() });
         }
         if !head.pending {
             // In a fresh file there is nothing to be mistaken for anything.
@@ -226,6 +230,12 @@ impl Target {
             apply(&mut head.bytes[part.start as usize..part.end as usize], len);
         }
         Ok(())
+    }
+
+    /// A failed write: the target is not to be completed.
+    fn lose(&self, what: &str, range: &Range<u64>, e: std::io::Error) -> TargetError {
+        self.head().lost = true;
+        self.failed(what, range, e)
     }
 
     fn head(&self) -> MutexGuard<'_, Head> {
@@ -287,5 +297,6 @@ impl Volume for Target {
 }
 
 #[cfg(test)]
-#[path = "tests.rs"]
+mod refusal_tests;
+#[cfg(test)]
 mod tests;
