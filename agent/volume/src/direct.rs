@@ -105,7 +105,7 @@ impl DirectIo {
     }
 
     fn is_aligned(&self, at: u64, bytes: &[u8]) -> bool {
-        (at | bytes.len() as u64 | bytes.as_ptr() as u64) % self.sector == 0
+        (at | bytes.len() as u64 | bytes.as_ptr() as u64).is_multiple_of(self.sector)
     }
 
     fn down(&self, at: u64) -> u64 {

@@ -77,10 +77,20 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        for n in 1..5 {
-            let _ = Command::new("delpart").args([self.text(), &n.to_string()]).output();
+        // A child of another test holds our descriptors between fork and exec: busy now is not busy for long.
+        for n in (1..5).flat_map(|n| [n; 200]) {
+            if Path::new(&format!("/sys/class/block/{}p{n}", self.name())).exists() {
+                let _ = Command::new("delpart").args([self.text(), &n.to_string()]).output();
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
         }
         let _ = Command::new("losetup").args(["-d", self.text()]).output();
+        let backing = format!("/sys/class/block/{}/loop/backing_file", self.name());
+        let mut patience = 200;
+        while patience > 0 && std::fs::read_to_string(&backing).is_ok_and(|f| Path::new(f.trim()) == self.image) {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            patience -= 1;
+        }
     }
 }
 

@@ -66,7 +66,7 @@ pub(super) fn check(path: &Path, needs: &TargetNeeds) -> Result<CheckedTarget, T
             FileType::BlockDevice => check_device(path, needs, &found, Dev::from_rdev(stat.st_rdev))?,
             other => return Err(TargetError::refused(path, Refusal::Kind(kind_name(other)))),
         },
-        Err(e) if e.kind() == io::ErrorKind::NotFound => check_new(path, needs)?,
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => check_new(path, needs)?,
         Err(e) => return Err(TargetError::io(path, "look at", e)),
     };
     Ok(CheckedTarget { path: path.to_owned(), length: needs.length, place })
@@ -219,7 +219,9 @@ fn check_confirmation(
     has: u64,
 ) -> Result<(), TargetError> {
     let names = identity::names_of(dev);
-    let type_this = names.first().cloned().unwrap_or_else(|| path.display().to_string());
+    // The strongest that needs no quotes.
+    let plain = names.iter().find(|n| !n.contains(char::is_whitespace));
+    let type_this = plain.cloned().unwrap_or_else(|| path.display().to_string());
     match &needs.confirm {
         Some(given) if names.iter().any(|n| n == given.trim()) => Ok(()),
         Some(given) => Err(TargetError::refused(

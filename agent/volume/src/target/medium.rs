@@ -5,6 +5,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -62,11 +63,7 @@ impl CheckedTarget {
                     }
                     Err(e) => return Err(TargetError::io(&path, "create", e)),
                 };
-                // So that the name survives a power cut. Not all file systems can flush a folder.
-                let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-                if let Err(e) = File::open(parent).and_then(|f| f.sync_all()) {
-                    tracing::debug!(folder = %parent.display(), error = %e, "cannot flush the folder of the target");
-                }
+                flush_folder(&path, &folder)?;
                 resize(&path, &file, 0, length)?;
                 (Medium::of_file(file), true)
             }
@@ -90,6 +87,20 @@ impl CheckedTarget {
         }
         let head = Head { bytes, pending: false, touched: false, lost: false };
         Ok(Target { path, length, medium, fresh, head: head.into() })
+    }
+}
+
+/// So that the new name survives a power cut. A folder that may be written and not read cannot be flushed, and some
+/// file systems flush no folders.
+fn flush_folder(path: &Path, folder: &OwnedFd) -> Result<(), TargetError> {
+    let flushed = reopen(folder, OFlags::RDONLY | OFlags::DIRECTORY).map(|f| f.sync_all());
+    match flushed {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(e)) if e.raw_os_error() != Some(libc::EINVAL) => Err(TargetError::io(path, "flush the folder of", e)),
+        Ok(Err(e)) | Err(e) => {
+            tracing::debug!(target = %path.display(), error = %e, "cannot flush the folder of the target");
+            Ok(())
+        }
     }
 }
 

@@ -39,6 +39,9 @@ pub use run::VerifiedRun;
 /// lie within it; btrfs keeps its first copy at 64 KiB.
 pub const HEAD_LEN: u64 = 1 << 20;
 
+/// Bytes of those that are the very last: MBR, GPT and LVM label, and the superblocks of ext4 and XFS.
+const FIRST_LEN: usize = 4096;
+
 /// What [`Target::finish`] waits for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Durability {
@@ -155,14 +158,16 @@ impl Target {
             return Err(TargetError::Lost { path: self.path.clone() });
         }
         if head.pending {
-            if durability == Durability::Device {
-                self.flush(&mut head)?;
-            }
-            let range = 0..head.bytes.len() as u64;
-            let whole: &[u8] = &head.bytes;
-            if let Err(e) = self.medium.write(0, whole) {
-                head.lost = true;
-                return Err(self.failed("write", &range, e));
+            // From the end: superblocks and partition tables begin in the first sectors.
+            let first = FIRST_LEN.min(head.bytes.len());
+            for part in [first..head.bytes.len(), 0..first] {
+                if durability == Durability::Device {
+                    self.flush(&mut head)?;
+                }
+                if let Err(e) = self.medium.write(part.start as u64, &head.bytes[part.clone()]) {
+                    head.lost = true;
+                    return Err(self.failed("write", &(part.start as u64..part.end as u64), e));
+                }
             }
             (head.pending, head.touched) = (false, true);
         }

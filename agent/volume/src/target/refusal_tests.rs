@@ -46,8 +46,7 @@ fn what_is_no_target() {
     let much = TargetNeeds { data_bytes: Some(u64::MAX), ..needs(1) };
     refuses(at("new"), &much, NoSpace, "are free");
     refuses(at("file"), &much, NoSpace, "are free");
-    let e = Target::check(at("file/below"), &needs(1)).expect_err("below a file");
-    assert!(matches!(e.kind(), NotFound | TargetErrorKind::Io), "{e}");
+    refuses(at("file/below"), &needs(1), NotFound, "there is no folder");
     assert!(!at("new").exists() && !at("nowhere").exists(), "a check makes nothing");
     assert_eq!(std::fs::read(at("file")).expect("read"), b"x");
 }

@@ -302,9 +302,14 @@ fn caches_of_earlier_users_do_not_win() {
 
     let want = volume(8 * MIB, 14);
     let target = open(&disk.node, 8 * MIB);
+    // Cached anew while the restore is under way.
+    let mut in_part = vec![0; (4 * MIB) as usize];
+    user.read_exact_at(&mut in_part, 0).expect("read");
     restore(&target, &want, 0..128);
     target.finish(Durability::Device).expect("finished");
     drop(target);
+    user.read_exact_at(&mut in_part, 0).expect("read");
+    assert!(in_part == want[(2 * MIB) as usize..(6 * MIB) as usize], "a reader of the partition sees the disk");
     reader.read_exact_at(&mut seen, 0).expect("read");
     assert!(seen == want, "the reader sees the disk");
     drop((user, reader));
