@@ -92,12 +92,12 @@ impl RangeDigest {
     /// 1024 blocks of zeroes.
     pub const ZERO: Self = Self([0; 32]);
 
-    /// Of the digests of one page's blocks, in order; at most 1024 of them.
+    /// Of the digests of one page's blocks, in order; at most 1024 of them. Zero blocks at the end do not count, so
+    /// that the digest of a page stays the same when its volume grows.
     pub fn of(blocks: &[BlockDigest]) -> Self {
         debug_assert!(blocks.len() as u64 <= BLOCKS_PER_PAGE);
-        if blocks.iter().all(|d| d.is_zero()) {
-            return Self::ZERO;
-        }
+        let Some(last) = blocks.iter().rposition(|d| !d.is_zero()) else { return Self::ZERO };
+        let blocks = &blocks[..=last];
         let mut hasher = blake3::Hasher::new_derive_key(RANGE_CONTEXT);
         // One copy, so that BLAKE3 sees 32 KiB at once and can use its vector lanes.
         let mut bytes = Vec::with_capacity(blocks.len() * 32);

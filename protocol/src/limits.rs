@@ -27,9 +27,10 @@ pub const MAX_LOOSE_SEGMENTS: usize = 64;
 pub const MAX_LOOSE_ENTRIES: usize = 65_536;
 /// Delta maps that a point may list; more are merged.
 pub const MAX_DELTA_MAPS: usize = 16;
-/// Records of a commit up to this many bytes lie inside the log record itself.
+/// Records of a commit lie inside the log record itself if they and their index have up to this many bytes.
 pub const MAX_INLINE_RECORDS: usize = 256 << 10;
-/// Largest log record, bytes: inline records and 64 KiB for all the rest.
+/// Largest log record, bytes: inline records with their index, and 128 KiB for all the rest (64 volumes, 16 delta
+/// maps and 64 segments need 20 KiB).
 pub const MAX_LOG_RECORD: usize = MAX_INLINE_RECORDS + (128 << 10);
 /// Log records between two checkpoints.
 pub const CHECKPOINT_INTERVAL: u64 = 1024;

@@ -1,2 +1,20 @@
-//! Placeholder
+//! The receiver: keeps recovery points in a store, and restores them.
+//!
+//! Read first: [`catalog`] (what the store holds), [`round`] (how a point is made) and [`view`] (what a point looks
+//! like).
+
+pub mod access;
+pub mod catalog;
+pub mod draft;
+pub mod fold;
+pub mod ingest;
+pub mod plan;
+pub mod random;
+pub mod read_error;
+pub mod read_session;
+pub mod round;
+pub mod segment_writer;
+pub mod server;
+pub mod session;
 pub mod store;
+pub mod view;

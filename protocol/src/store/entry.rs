@@ -142,13 +142,15 @@ impl Page {
         Self { index, blocks: vec![None; blocks] }
     }
 
-    /// Lets the entry win where its capture is the highest so far. Blocks beyond the page's end are passed over:
+    /// Lets the entry win where its capture is the highest so far; of equal captures, which two sessions on the same
+    /// base can make, the greater digest wins, so that the order of sources never matters. Blocks beyond the page's end are passed over:
     /// the volume may have been longer once.
     pub fn apply(&mut self, entry: &Entry) {
         debug_assert_eq!(entry.block.page(), self.index);
         let start = entry.block.in_page();
         for slot in self.blocks.iter_mut().skip(start).take(entry.count as usize) {
-            if slot.is_none_or(|(capture, _)| capture <= entry.capture) {
+            let rank = (entry.capture, entry.content.digest());
+            if slot.is_none_or(|(capture, content): (CaptureNumber, Content)| (capture, content.digest()) <= rank) {
                 *slot = Some((entry.capture, entry.content));
             }
         }

@@ -283,6 +283,7 @@ pub struct MapBuilder {
     open_rows: usize,
     rows: Vec<Row>,
     reach: BTreeMap<Reached, u64>,
+    replaced: Option<ObjectId>,
     entries: u64,
 }
 
@@ -297,6 +298,7 @@ impl MapBuilder {
             open_rows: 0,
             rows: Vec::new(),
             reach: BTreeMap::new(),
+            replaced: None,
             entries: 0,
         }
     }
@@ -335,13 +337,17 @@ impl MapBuilder {
         (self.pages.len() >= PART_SIZE).then(|| self.finish_part())
     }
 
-    /// The next page, unchanged in an older map, whose reach must have been given to [`Self::inherit`].
+    /// The next page, unchanged in the map that was given to [`Self::replace`].
     pub fn push_old_page(&mut self, row: Row) {
+        if Some(row.object) == self.replaced {
+            *self.reach.entry(Reached::Map(row.object)).or_default() += row.page_len();
+        }
         self.push_row(row);
     }
 
     /// Begins with the reach of the map that this one replaces.
-    pub fn inherit(&mut self, reach: impl IntoIterator<Item = (Reached, u64)>) {
+    pub fn replace(&mut self, old: ObjectId, reach: impl IntoIterator<Item = (Reached, u64)>) {
+        self.replaced = Some(old);
         for (what, live) in reach {
             *self.reach.entry(what).or_default() += live;
         }
@@ -353,7 +359,9 @@ impl MapBuilder {
             Content::Data { location, .. } => Some((Reached::Segment(location.object), u64::from(location.stored_len))),
             Content::Zero => None,
         });
-        for (what, live) in segments.chain([(Reached::Map(row.object), row.page_len())]) {
+        // Pages in the replaced map itself are counted when they are kept, the others it had counted already.
+        let page = (Some(row.object) != self.replaced).then_some((Reached::Map(row.object), row.page_len()));
+        for (what, live) in segments.chain(page) {
             if let Some(left) = self.reach.get_mut(&what) {
                 *left = left.saturating_sub(live);
                 if *left == 0 {

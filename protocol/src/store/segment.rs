@@ -134,10 +134,6 @@ impl SegmentBuilder {
     pub fn size(&self) -> usize {
         self.bytes.len() + self.index.len() * INDEX_ROW_LEN
     }
-    /// Bytes of the records alone.
-    pub fn records_len(&self) -> usize {
-        self.bytes.len() - RECORDS_START
-    }
     /// Number of records so far.
     pub fn records(&self) -> usize {
         self.index.len()

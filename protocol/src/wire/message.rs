@@ -56,7 +56,7 @@ pub enum AgentMessage {
         volume: VolumeSlot,
         /// Which page.
         page: u64,
-        /// One bit a block, the lowest first; at most 128 bytes.
+        /// One bit a block, the lowest first; exactly 128 bytes.
         blocks: Vec<u8>,
     },
 }
@@ -64,7 +64,7 @@ pub enum AgentMessage {
 /// From the receiver to the agent.
 #[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
 pub enum ReceiverMessage {
-    /// No. The session is over, but for `Renew` and after a failed commit.
+    /// No. The session is over.
     Refused(Refusal),
     /// Welcome.
     Joined(Joined),

@@ -42,6 +42,8 @@ pub struct Windows {
 impl Windows {
     /// For a connection that carries blocks. 8 MiB fill 1 Gbit/s at 64 ms.
     pub const BLOCKS: Self = Self { receive: 8 << 20, send: 8 << 20 };
+    /// For a peer that has not shown who it is.
+    pub const UNKNOWN_PEER: Self = Self { receive: 64 << 10, send: 8 << 20 };
 }
 
 /// A QUIC endpoint and the thread that drives it. Dropping the last handle ends the thread.

@@ -1,0 +1,345 @@
+//! What the store holds: groups, and each group's log.
+//!
+//! Read first: [`Catalog`], then [`GroupLog`]. A point exists if and only if its log record does; everything here
+//! is read from the store anew, and nothing is believed that is not in the log.
+
+use std::sync::Arc;
+
+use backhaul_protocol::digest::ObjectDigest;
+use backhaul_protocol::ids::{GroupId, LogSeq, Name};
+use backhaul_protocol::limits::{CHECKPOINT_INTERVAL, MAX_LOG_RECORD};
+use backhaul_protocol::session::sink::GroupHead;
+use backhaul_protocol::store::checkpoint::{Checkpoint, PointSummary, StoreFormat, read_seq, write_seq};
+use backhaul_protocol::store::envelope::Kind as ObjectKind;
+use backhaul_protocol::store::fleet::read_group_name;
+use backhaul_protocol::store::key::{self, GroupKeys};
+use backhaul_protocol::store::log::{PointBody, Record};
+use backhaul_protocol::wire::message::PointSpec;
+use bytes::Bytes;
+use tokio::task::JoinSet;
+
+use crate::read_error::ReadError;
+use crate::store::{Kind, ObjectStore, StoreError};
+
+/// A small object's longest length: names, tokens, hints. All are under 300 bytes.
+pub const SMALL: usize = 4096;
+/// Longest checkpoint that is read: over 500,000 points of one volume.
+const MAX_CHECKPOINT: usize = 64 << 20;
+/// Log records that are read at once when a list of points is made.
+const READ_AHEAD: usize = 16;
+
+/// A store that holds recovery points.
+#[derive(Clone, Debug)]
+pub struct Catalog {
+    /// Where everything is.
+    pub store: Arc<dyn ObjectStore>,
+    /// What `init` wrote down.
+    pub format: StoreFormat,
+}
+
+/// `Ok(None)` where the object is not there.
+pub async fn get_optional(
+    store: &dyn ObjectStore,
+    key: &key::ObjectKey,
+    max: usize,
+) -> Result<Option<Bytes>, StoreError> {
+    match store.get(key, max).await {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == Kind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+impl Catalog {
+    /// Reads the store's description.
+    pub async fn open(store: Arc<dyn ObjectStore>) -> Result<Self, ReadError> {
+        let key = key::format();
+        let Some(bytes) = get_optional(&*store, &key, SMALL).await? else {
+            let text =
+                format!("{} holds no Backhaul store; make one: backhaul-receiver init --store URL", store.describe());
+            return Err(ReadError::NotFound(text));
+        };
+        let format = StoreFormat::parse(&bytes).map_err(ReadError::damaged(&key))?;
+        Ok(Self { store, format })
+    }
+
+    /// All groups by name.
+    pub async fn groups(&self) -> Result<Vec<(Name, GroupId)>, ReadError> {
+        let mut out = Vec::new();
+        let mut after = None;
+        loop {
+            let page = self.store.list(key::GROUP_NAMES, after.as_ref(), 1000).await?;
+            for (key, _) in &page {
+                if let Ok(name) = key.as_str()[key::GROUP_NAMES.len()..].parse::<Name>() {
+                    if let Some(group) = self.group(&name).await? {
+                        out.push((name, group));
+                    }
+                }
+            }
+            match page.last() {
+                Some((last, _)) if page.len() == 1000 => after = Some(last.clone()),
+                _ => return Ok(out),
+            }
+        }
+    }
+
+    /// The group of this name.
+    pub async fn group(&self, name: &Name) -> Result<Option<GroupId>, ReadError> {
+        let key = key::group_name(name);
+        let Some(bytes) = get_optional(&*self.store, &key, SMALL).await? else { return Ok(None) };
+        read_group_name(&bytes).map(Some).map_err(ReadError::damaged(&key))
+    }
+
+    /// The group of this name, or an error that says what there is.
+    pub async fn expect_group(&self, name: &Name) -> Result<GroupLog, ReadError> {
+        match self.group(name).await? {
+            Some(group) => Ok(self.log(group)),
+            None => {
+                let names: Vec<String> = self.groups().await?.into_iter().map(|(n, _)| n.to_string()).collect();
+                let have =
+                    if names.is_empty() { "it has none yet".into() } else { format!("it has {}", names.join(", ")) };
+                Err(ReadError::NotFound(format!("no group \"{name}\" in {}: {have}", self.store.describe())))
+            }
+        }
+    }
+
+    /// The log of a group.
+    pub fn log(&self, group: GroupId) -> GroupLog {
+        GroupLog { store: self.store.clone(), keys: GroupKeys(group) }
+    }
+}
+
+/// The log of one group.
+#[derive(Clone, Debug)]
+pub struct GroupLog {
+    store: Arc<dyn ObjectStore>,
+    keys: GroupKeys,
+}
+
+/// How an append ended.
+#[derive(Debug)]
+pub enum Appended {
+    /// The record is there, written by us now or earlier.
+    Ours,
+    /// Another record was first.
+    Theirs(Box<Record>),
+    /// The number is gone for good: this writer slept too long.
+    BelowFloor,
+}
+
+impl GroupLog {
+    /// Keys of the group.
+    pub fn keys(&self) -> GroupKeys {
+        self.keys
+    }
+    /// The store.
+    pub fn store(&self) -> &Arc<dyn ObjectStore> {
+        &self.store
+    }
+    /// Which group.
+    pub fn group(&self) -> GroupId {
+        self.keys.0
+    }
+
+    /// A record and the hash of its bytes; `None` if there is no such number.
+    pub async fn read(&self, seq: LogSeq) -> Result<Option<(Record, ObjectDigest)>, ReadError> {
+        let key = self.keys.log(seq);
+        let Some(bytes) = get_optional(&*self.store, &key, MAX_LOG_RECORD).await? else { return Ok(None) };
+        let record = Record::parse(self.group(), seq, &bytes).map_err(ReadError::damaged(&key))?;
+        Ok(Some((record, Record::hash(&bytes))))
+    }
+
+    async fn exists(&self, seq: LogSeq) -> Result<bool, ReadError> {
+        match self.store.get_range(&self.keys.log(seq), 0..1).await {
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == Kind::NotFound => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// The lowest number that may exist.
+    pub async fn floor(&self) -> Result<LogSeq, ReadError> {
+        let key = self.keys.floor();
+        match get_optional(&*self.store, &key, SMALL).await? {
+            None => Ok(LogSeq(0)),
+            Some(bytes) => read_seq(ObjectKind::Floor, &bytes).map_err(ReadError::damaged(&key)),
+        }
+    }
+
+    /// The number of the newest record: from the hint, then onwards in growing steps, then between. Numbers are
+    /// contiguous, so a few dozen probes find it whatever the hint says.
+    pub async fn newest(&self) -> Result<LogSeq, ReadError> {
+        let hint = match get_optional(&*self.store, &self.keys.head(), SMALL).await? {
+            // A damaged hint is no loss: it is only where to begin.
+            Some(bytes) => read_seq(ObjectKind::Head, &bytes).unwrap_or_default(),
+            None => LogSeq(0),
+        };
+        let mut low = if self.exists(hint).await? { hint } else { self.floor().await? };
+        if low != hint && !self.exists(low).await? {
+            return Err(ReadError::Log { seq: low, what: "its first record is missing" });
+        }
+        let mut step = 1;
+        let mut high = loop {
+            let next = LogSeq(low.0 + step);
+            if !self.exists(next).await? {
+                break next;
+            }
+            low = next;
+            step *= 2;
+        };
+        while high.0 - low.0 > 1 {
+            let middle = LogSeq(low.0 + (high.0 - low.0) / 2);
+            if self.exists(middle).await? { low = middle } else { high = middle }
+        }
+        Ok(low)
+    }
+
+    /// The newest record, its hash, and the newest point.
+    pub async fn head(&self) -> Result<(GroupHead, ObjectDigest), ReadError> {
+        let seq = self.newest().await?;
+        let lost = ReadError::Log { seq, what: "the record went away" };
+        let (record, hash) = self.read(seq).await?.ok_or(lost)?;
+        let mut at = seq;
+        let mut candidate = Some(record.clone());
+        let point = loop {
+            match candidate {
+                Some(r) => {
+                    if let Some(point) = r.point() {
+                        break Some((at, point.clone()));
+                    }
+                }
+                None => break None,
+            }
+            if at.0 == 0 {
+                break None;
+            }
+            at = LogSeq(at.0 - 1);
+            candidate = self.read(at).await?.map(|(r, _)| r);
+        };
+        Ok((GroupHead { record, point }, hash))
+    }
+
+    /// All points, ascending. Reads the newest checkpoint and the records after it, and checks their chain.
+    pub async fn points(&self) -> Result<Vec<PointSummary>, ReadError> {
+        let newest = self.newest().await?;
+        let mut points = Vec::new();
+        let mut previous = None;
+        let mut from = 0;
+        let mut at = newest.0 / CHECKPOINT_INTERVAL * CHECKPOINT_INTERVAL;
+        while at > 0 {
+            let key = self.keys.checkpoint(LogSeq(at));
+            if let Some(bytes) = get_optional(&*self.store, &key, MAX_CHECKPOINT).await? {
+                let checkpoint =
+                    Checkpoint::parse(self.group(), LogSeq(at), &bytes).map_err(ReadError::damaged(&key))?;
+                points = checkpoint.points;
+                previous = Some(checkpoint.hash);
+                from = at + 1;
+                break;
+            }
+            at -= CHECKPOINT_INTERVAL;
+        }
+        for chunk_start in (from..=newest.0).step_by(READ_AHEAD) {
+            let chunk = chunk_start..=(chunk_start + READ_AHEAD as u64 - 1).min(newest.0);
+            let mut reads = JoinSet::new();
+            for seq in chunk {
+                let log = self.clone();
+                reads.spawn(async move { (seq, log.read(LogSeq(seq)).await) });
+            }
+            let mut records = reads.join_all().await;
+            records.sort_by_key(|(seq, _)| *seq);
+            for (seq, record) in records {
+                let seq = LogSeq(seq);
+                let (record, hash) = record?.ok_or(ReadError::Log { seq, what: "it is missing" })?;
+                if previous.is_some_and(|p| p != record.previous) {
+                    return Err(ReadError::Log { seq, what: "it does not continue the record before" });
+                }
+                previous = Some(hash);
+                points.extend(PointSummary::of(&record));
+            }
+        }
+        Ok(points)
+    }
+
+    /// The point that is meant, and its record.
+    pub async fn find(&self, spec: PointSpec) -> Result<(Record, PointBody), ReadError> {
+        let seq = match spec {
+            PointSpec::Number(seq) => Some(seq),
+            PointSpec::Latest => self.latest().await?,
+            PointSpec::Time(time) => {
+                let points = self.points().await?;
+                let fits = |p: &&PointSummary| p.time <= time && is_default(p.consistency);
+                points.iter().rev().find(fits).map(|p| p.seq)
+            }
+        };
+        let none = || ReadError::NotFound("no such point; `points` lists those that there are".into());
+        let Some(seq) = seq else {
+            let text =
+                "no point that is not fuzzy; name one by its number to take it all the same: `points` lists them";
+            return Err(ReadError::NotFound(text.into()));
+        };
+        let (record, _) = self.read(seq).await?.ok_or_else(none)?;
+        let point = record.point().cloned().ok_or_else(none)?;
+        Ok((record, point))
+    }
+
+    /// The newest point that is not fuzzy: usually the newest record, so the log is read backwards, and the list of
+    /// all points only when many are fuzzy.
+    async fn latest(&self) -> Result<Option<LogSeq>, ReadError> {
+        let newest = self.newest().await?;
+        for back in 0..8 {
+            let Some(seq) = newest.0.checked_sub(back) else { return Ok(None) };
+            let Some((record, _)) = self.read(LogSeq(seq)).await? else { break };
+            if record.point().is_some_and(|p| is_default(p.consistency)) {
+                return Ok(Some(LogSeq(seq)));
+            }
+        }
+        let points = self.points().await?;
+        Ok(points.iter().rev().find(|p| is_default(p.consistency)).map(|p| p.seq))
+    }
+
+    /// THE commit: puts the record under its number, if nothing is there. A record with our own commit id in the way
+    /// is our own lost success.
+    pub async fn append(&self, record: &Record) -> Result<(Appended, ObjectDigest, usize), ReadError> {
+        let bytes = Bytes::from(record.to_bytes());
+        let (hash, len) = (Record::hash(&bytes), bytes.len());
+        match self.store.put_new(&self.keys.log(record.seq), bytes).await {
+            Ok(()) => {}
+            Err(e) if e.kind() == Kind::Exists => {
+                let lost = ReadError::Log { seq: record.seq, what: "the record went away" };
+                let (theirs, found) = self.read(record.seq).await?.ok_or(lost)?;
+                if theirs.commit != record.commit {
+                    return Ok((Appended::Theirs(Box::new(theirs)), hash, len));
+                }
+                return Ok((Appended::Ours, found, len));
+            }
+            Err(e) => return Err(e.into()),
+        }
+        // A writer that slept may have put a number that was deleted meanwhile: then it does not exist.
+        if self.floor().await? > record.seq {
+            return Ok((Appended::BelowFloor, hash, len));
+        }
+        Ok((Appended::Ours, hash, len))
+    }
+
+    /// Writes the hint of the newest number.
+    pub async fn write_hint(&self, seq: LogSeq) -> Result<(), ReadError> {
+        Ok(self.store.put_hint(&self.keys.head(), Bytes::from(write_seq(ObjectKind::Head, seq))).await?)
+    }
+
+    /// Writes the checkpoint at `seq` from the one before and the records since.
+    pub async fn write_checkpoint(&self, seq: LogSeq) -> Result<(), ReadError> {
+        let mut points = self.points().await?;
+        points.retain(|p| p.seq <= seq);
+        let lost = ReadError::Log { seq, what: "the record went away" };
+        let (record, hash) = self.read(seq).await?.ok_or(lost)?;
+        let checkpoint = Checkpoint { group: self.group(), seq, hash, generation: record.generation, points };
+        match self.store.put_new(&self.keys.checkpoint(seq), Bytes::from(checkpoint.to_bytes())).await {
+            Err(e) if e.kind() != Kind::Exists => Err(e.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn is_default(consistency: backhaul_protocol::consistency::Consistency) -> bool {
+    consistency != backhaul_protocol::consistency::Consistency::Fuzzy
+}

@@ -1,0 +1,295 @@
+//! The draft of a group: what has arrived for the next point. Bound to (generation, base record): a draft that was
+//! built on another base is never looked at again.
+//!
+//! Read first: [`Draft`]. What is in the store of a draft survives any crash; [`Draft::recover`] finds it again with
+//! one LIST.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use backhaul_protocol::geometry::PageIndex;
+use backhaul_protocol::ids::{CaptureNumber, Generation, LogSeq, VolumeSlot};
+use backhaul_protocol::limits::{MAX_LOOSE_ENTRIES, MAX_LOOSE_SEGMENTS};
+use backhaul_protocol::store::entry::Page;
+use backhaul_protocol::store::key::{GroupKeys, ObjectId};
+use backhaul_protocol::store::map::{self, PAGES_START, Role};
+use backhaul_protocol::store::segment::{self, DraftBinding, RECORDS_START, SegmentRef, VolumeEntry};
+
+use crate::fold::{self, FoldTarget};
+use crate::read_error::ReadError;
+use crate::store::ObjectStore;
+use crate::view::{Loose, MapReader, View, read_segment_index};
+
+/// Where new objects of a session get their ids from.
+#[derive(Clone, Copy, Debug)]
+pub struct IdSource {
+    next: ObjectId,
+}
+
+impl IdSource {
+    /// For a session with this random tag.
+    pub fn new(base: LogSeq, generation: Generation, session: u32) -> Self {
+        Self { next: ObjectId { seq: base, generation, session: session.max(1), n: 0 } }
+    }
+    /// The next id.
+    pub fn take(&mut self) -> ObjectId {
+        let id = self.next;
+        self.next.n += 1;
+        id
+    }
+    /// The next id, which stays unused; the user says with [`Self::used_up_to`] how many it took.
+    pub fn peek(&self) -> ObjectId {
+        self.next
+    }
+    /// The first id that is still unused.
+    pub fn used_up_to(&mut self, next: ObjectId) {
+        self.next = next;
+    }
+}
+
+/// What has arrived for the next point and lies in the store.
+#[derive(Clone, Debug)]
+pub struct Draft {
+    /// What it is bound to.
+    pub binding: DraftBinding,
+    /// Delta maps of its own.
+    pub deltas: Vec<Arc<MapReader>>,
+    /// Segments that none of them covers.
+    pub segments: Vec<SegmentRef>,
+    /// Their entries.
+    pub loose: Arc<Loose>,
+    /// The highest capture in it.
+    pub max_capture: CaptureNumber,
+    /// Bytes of records in it.
+    pub stored: u64,
+}
+
+impl Draft {
+    /// Nothing yet.
+    pub fn empty(binding: DraftBinding) -> Self {
+        Self {
+            binding,
+            deltas: Vec::new(),
+            segments: Vec::new(),
+            loose: Arc::default(),
+            max_capture: CaptureNumber(0),
+            stored: 0,
+        }
+    }
+
+    /// Whether nothing has arrived.
+    pub fn is_empty(&self) -> bool {
+        self.deltas.is_empty() && self.segments.is_empty()
+    }
+
+    /// Finds what an earlier session left for this base. Objects that can't be read as what they should be are passed
+    /// over: what they held is sent again.
+    pub async fn recover(
+        store: &Arc<dyn ObjectStore>,
+        keys: GroupKeys,
+        binding: DraftBinding,
+        generation: Generation,
+        base: LogSeq,
+    ) -> Result<Self, ReadError> {
+        let mut draft = Self::empty(binding);
+        let mut covered = BTreeSet::new();
+        let mut candidates = Vec::new();
+        for (key, size) in list_all(&**store, &keys.draft_maps(generation, base)).await? {
+            match open_draft_map(store, keys, &key, size, binding).await {
+                Ok(Some(reader)) => candidates.push(Arc::new(reader)),
+                Ok(None) => {}
+                Err(e) if e.is_damage() => {
+                    tracing::warn!(%key, error = %e, "a map of the draft is damaged; what it held is sent again")
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        // Merged deltas reach the older ones that they replaced only through their segments: the newest that covers
+        // a segment is enough, all of them are harmless, since captures decide.
+        for reader in candidates {
+            for (what, _) in reader.reach().await? {
+                if let map::Reached::Segment(id) = what {
+                    covered.insert(id);
+                }
+            }
+            draft.deltas.push(reader);
+        }
+        let mut entries = Vec::new();
+        for (key, size) in list_all(&**store, &keys.draft_segments(generation, base)).await? {
+            let Some(id) = keys.object_id(&key) else { continue };
+            if covered.contains(&id) {
+                continue;
+            }
+            match open_draft_segment(&**store, keys, id, size, binding).await {
+                Ok(Some((reference, index))) => {
+                    draft.stored += index.iter().map(stored_len).sum::<u64>();
+                    draft.segments.push(reference);
+                    entries.extend(index);
+                }
+                Ok(None) => {}
+                Err(e) if e.is_damage() => {
+                    tracing::warn!(%key, error = %e, "a segment of the draft is damaged; what it held is sent again")
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        draft.max_capture = entries.iter().map(|e| e.entry.capture).max().unwrap_or_default();
+        for delta in &draft.deltas {
+            draft.max_capture = draft.max_capture.max(max_capture(delta).await?);
+        }
+        draft.loose = Arc::new(Loose::new(entries));
+        Ok(draft)
+    }
+
+    /// A segment was stored.
+    pub fn add(&mut self, reference: SegmentRef, index: Vec<VolumeEntry>) {
+        self.segments.push(reference);
+        self.stored += index.iter().map(stored_len).sum::<u64>();
+        self.max_capture = index.iter().map(|e| e.entry.capture).max().unwrap_or_default().max(self.max_capture);
+        let loose = Arc::make_mut(&mut self.loose);
+        loose.0.extend(index);
+        loose.0.sort_by_key(VolumeEntry::sort_key);
+    }
+
+    /// Whether so much has come together that it should be folded.
+    pub fn wants_fold(&self) -> bool {
+        self.segments.len() >= MAX_LOOSE_SEGMENTS || self.loose.0.len() >= MAX_LOOSE_ENTRIES
+    }
+
+    /// Folds the loose segments into a delta map, and many delta maps into one.
+    pub async fn fold(&mut self, target: &FoldTarget, ids: &mut IdSource) -> Result<(), ReadError> {
+        let delta = fold::delta_of(target, &[], std::slice::from_ref(&self.loose), ids).await?;
+        self.deltas.extend(delta);
+        self.segments.clear();
+        self.loose = Arc::default();
+        if self.deltas.len() >= backhaul_protocol::limits::MAX_DELTA_MAPS {
+            let merged = fold::delta_of(target, &self.deltas, &[], ids).await?;
+            self.deltas = merged.into_iter().collect();
+        }
+        Ok(())
+    }
+
+    /// The draft alone as a view: which blocks it holds. The volumes must be filled in.
+    pub fn layer(&self) -> View {
+        View { volumes: Vec::new(), deltas: self.deltas.clone(), loose: vec![self.loose.clone()] }
+    }
+
+    /// All pages that the draft touches, ascending.
+    pub async fn pages(&self) -> Result<BTreeSet<(VolumeSlot, PageIndex)>, ReadError> {
+        touched_pages(&self.deltas, std::slice::from_ref(&self.loose)).await
+    }
+}
+
+/// All pages that any of these layers names, ascending.
+pub async fn touched_pages(
+    deltas: &[Arc<MapReader>],
+    loose: &[Arc<Loose>],
+) -> Result<BTreeSet<(VolumeSlot, PageIndex)>, ReadError> {
+    let mut pages: BTreeSet<_> = loose.iter().flat_map(|l| l.pages()).collect();
+    for delta in deltas {
+        let mut first = 0;
+        loop {
+            let rows = delta.rows(first).await?;
+            if rows.is_empty() {
+                break;
+            }
+            first += rows.len() as u64;
+            pages.extend(rows.iter().map(map::Row::sort_key));
+        }
+    }
+    Ok(pages)
+}
+
+/// One page of a layer, with nothing below it.
+pub async fn layer_page(
+    deltas: &[Arc<MapReader>],
+    loose: &[Arc<Loose>],
+    slot: VolumeSlot,
+    index: PageIndex,
+    blocks: usize,
+) -> Result<Page, ReadError> {
+    let mut page = Page::new(index, blocks);
+    for delta in deltas {
+        if let Some(row) = delta.row(slot, index).await? {
+            delta.entries(&row).await?.iter().for_each(|e| page.apply(e));
+        }
+    }
+    for loose in loose {
+        loose.page(slot, index).iter().for_each(|e| page.apply(&e.entry));
+    }
+    Ok(page)
+}
+
+fn stored_len(entry: &VolumeEntry) -> u64 {
+    use backhaul_protocol::record::HEADER_LEN;
+    use backhaul_protocol::store::entry::Content;
+    match entry.entry.content {
+        Content::Zero => HEADER_LEN as u64,
+        Content::Data { location, .. } => u64::from(location.stored_len),
+    }
+}
+
+async fn max_capture(delta: &Arc<MapReader>) -> Result<CaptureNumber, ReadError> {
+    let mut highest = CaptureNumber(0);
+    let mut first = 0;
+    loop {
+        let rows = delta.rows(first).await?;
+        if rows.is_empty() {
+            return Ok(highest);
+        }
+        first += rows.len() as u64;
+        for row in &rows {
+            for entry in delta.entries(row).await? {
+                highest = highest.max(entry.capture);
+            }
+        }
+    }
+}
+
+async fn list_all(
+    store: &dyn ObjectStore,
+    prefix: &str,
+) -> Result<Vec<(backhaul_protocol::store::key::ObjectKey, u64)>, ReadError> {
+    let mut out = Vec::new();
+    loop {
+        let after = out.last().map(|(key, _): &(backhaul_protocol::store::key::ObjectKey, u64)| key.clone());
+        let page = store.list(prefix, after.as_ref(), 1000).await?;
+        let full = page.len() == 1000;
+        out.extend(page);
+        if !full {
+            return Ok(out);
+        }
+    }
+}
+
+async fn open_draft_map(
+    store: &Arc<dyn ObjectStore>,
+    keys: GroupKeys,
+    key: &backhaul_protocol::store::key::ObjectKey,
+    size: u64,
+    binding: DraftBinding,
+) -> Result<Option<MapReader>, ReadError> {
+    let bytes = store.get_range(key, 0..PAGES_START as u64).await?;
+    let (head, reference) = map::read_head(&bytes, size).map_err(ReadError::damaged(key))?;
+    if head.binding != binding || head.role != Role::Delta || keys.object_id(key) != Some(head.id) {
+        return Ok(None);
+    }
+    MapReader::open(store.clone(), keys, reference).await.map(Some)
+}
+
+async fn open_draft_segment(
+    store: &dyn ObjectStore,
+    keys: GroupKeys,
+    id: ObjectId,
+    size: u64,
+    binding: DraftBinding,
+) -> Result<Option<(SegmentRef, Vec<VolumeEntry>)>, ReadError> {
+    let key = keys.segment(id);
+    let head = store.get_range(&key, 0..RECORDS_START as u64).await?;
+    let (found, reference) = segment::read_head(&head, size).map_err(ReadError::damaged(&key))?;
+    if found != binding || reference.id != id {
+        return Ok(None);
+    }
+    let index = read_segment_index(store, keys, &reference).await?;
+    Ok(Some((reference, index)))
+}

@@ -1,0 +1,106 @@
+//! Takes block streams: verifies every record and hands it to the segment writer.
+//!
+//! Read first: [`Ingest::run_stream`]. Decompressing and hashing happen on blocking threads, never on the endpoint's.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use backhaul_protocol::record::{HEADER_LEN, RecordBody, RecordError, RecordHeader, Verifier, split_record};
+use backhaul_protocol::session::sink::Admission;
+use backhaul_transport::blocks::{BlockStreamError, RecordReader};
+use tokio::sync::{Semaphore, watch};
+
+use crate::segment_writer::SegmentWriter;
+
+/// One round's records.
+#[derive(Debug)]
+pub struct Ingest {
+    admission: Admission,
+    writer: Arc<SegmentWriter>,
+    /// Threads that may verify at once, of all sessions.
+    verifiers: Arc<Semaphore>,
+    progress: watch::Sender<Progress>,
+    bytes: AtomicU64,
+}
+
+/// How far a round's records have come.
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    /// Records that are with the segment writer.
+    pub records: u64,
+    /// The first failure of any stream.
+    pub failed: Option<String>,
+}
+
+impl Ingest {
+    /// For one round.
+    pub fn new(admission: Admission, writer: Arc<SegmentWriter>, verifiers: Arc<Semaphore>) -> Arc<Self> {
+        let progress = watch::Sender::new(Progress::default());
+        Arc::new(Self { admission, writer, verifiers, progress, bytes: AtomicU64::new(0) })
+    }
+
+    /// Where the records go.
+    pub fn writer(&self) -> &Arc<SegmentWriter> {
+        &self.writer
+    }
+    /// To wait for records.
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.subscribe()
+    }
+    /// Bytes of records taken so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Takes one stream to its end.
+    pub async fn run_stream(self: Arc<Self>, stream: quinn::RecvStream) {
+        if let Err(error) = self.take_stream(RecordReader::new(stream)).await {
+            self.progress.send_modify(|p| {
+                p.failed.get_or_insert(error.to_string());
+            });
+        }
+    }
+
+    async fn take_stream(&self, mut reader: RecordReader) -> Result<(), BlockStreamError> {
+        // One verifier stays with the stream: a new decompressor per batch would cost more than the batch.
+        let mut verifier = Some(Verifier::new().map_err(|_| BlockStreamError::Cut)?);
+        while let Some(batch) = reader.next_batch().await? {
+            let permit = self.verifiers.clone().acquire_owned().await.expect("never closed");
+            let admission = self.admission.clone();
+            let mut own = verifier.take().expect("put back below");
+            let (batch, records, own) = tokio::task::spawn_blocking(move || {
+                let records = verify_batch(&admission, &mut own, &batch);
+                (batch, records, own)
+            })
+            .await
+            .expect("verifying does not panic");
+            drop(permit);
+            verifier = Some(own);
+            let records = records?;
+            self.writer.push(&batch, &records).await;
+            self.bytes.fetch_add(batch.len() as u64, Ordering::Relaxed);
+            self.progress.send_modify(|p| p.records += records.len() as u64);
+        }
+        Ok(())
+    }
+}
+
+/// Checks and hashes every record of a batch: headers and where they begin.
+fn verify_batch(
+    admission: &Admission,
+    verifier: &mut Verifier,
+    batch: &[u8],
+) -> Result<Vec<(RecordHeader, usize)>, RecordError> {
+    let mut records = Vec::with_capacity(batch.len() / 4096);
+    let mut at = 0;
+    while at < batch.len() {
+        let split = split_record(&batch[at..])?.ok_or(RecordError::Bounds("length"))?;
+        let geometry = admission.check(&split.header)?;
+        if let RecordBody::Data { .. } = split.header.body {
+            verifier.verify(&split.header, split.payload, geometry)?;
+        }
+        records.push((split.header, at));
+        at += HEADER_LEN + split.payload.len();
+    }
+    Ok(records)
+}

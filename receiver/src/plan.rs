@@ -1,0 +1,3 @@
+//! Plans: pure functions from what is wanted to what is done. The executors beside them are dull.
+
+pub mod reads;

@@ -1,0 +1,578 @@
+//! A round: from `Open` to `Committed`. Owns the group's draft while it lasts.
+//!
+//! Read first: [`GroupState`] (what is kept between rounds), [`Round::open`] and [`Round::commit`].
+//! Nothing in here says that a point exists but [`GroupLog::append`]; everything else is preparation that a crash
+//! turns into a draft or into garbage.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use backhaul_protocol::consistency::Checked;
+use backhaul_protocol::digest::{DeltaDigester, ObjectDigest, RangeDigest, VolumeDigest, VolumeDigester};
+use backhaul_protocol::geometry::PageIndex;
+use backhaul_protocol::ids::{CaptureNumber, LogSeq, VolumeSlot};
+use backhaul_protocol::limits::{CHECKPOINT_INTERVAL, MAX_INLINE_RECORDS};
+use backhaul_protocol::session::sink::{Approved, GroupHead, Known, Sealed, Sink, Taken};
+use backhaul_protocol::store::key::ObjectId;
+use backhaul_protocol::store::log::{Body, PointBody, PointVolume, Record, UnixMillis};
+use backhaul_protocol::store::segment::{DraftBinding, SegmentBuilder};
+use backhaul_protocol::wire::message::{Commit, Committed, DraftPages, Open, Opened, OpenedVolume, Reason, Refusal};
+use tokio::sync::Semaphore;
+
+use crate::catalog::{Appended, GroupLog};
+use crate::draft::{Draft, IdSource, layer_page, touched_pages};
+use crate::fold::{self, FoldTarget, Layers};
+use crate::ingest::Ingest;
+use crate::read_error::ReadError;
+use crate::segment_writer::{Budget, Rest, SegmentWriter};
+use crate::view::{Loose, View, ViewVolume};
+
+/// A `VolumeDigest` is recomputed at a commit when at most so many pages must be read for it: 4 GiB of a volume's index
+/// would be 300 MB, this is 72 MB. More is left to folding and to `verify`. Arbitrary.
+const PAGES_AT_HAND: usize = 1024;
+/// Runs of draft pages in an `Opened`, of all volumes: keeps it inside one frame.
+const MAX_DRAFT_RUNS: usize = 1500;
+
+/// What the rounds of all sessions share.
+#[derive(Debug)]
+pub struct RoundResources {
+    /// Memory of open segments and uploads.
+    pub budget: Arc<Budget>,
+    /// Threads that verify.
+    pub verifiers: Arc<Semaphore>,
+    /// Segments are sealed at this size, bytes.
+    pub segment_size: usize,
+}
+
+/// What a receiver remembers of a group between rounds. All of it can be read from the store again.
+#[derive(Debug)]
+pub struct GroupState {
+    log: GroupLog,
+    known: Option<KnownHead>,
+}
+
+#[derive(Debug)]
+struct KnownHead {
+    head: GroupHead,
+    hash: ObjectDigest,
+    layers: Layers,
+    /// Range digests of the head's volumes, where they have been computed.
+    ranges: BTreeMap<VolumeSlot, Vec<RangeDigest>>,
+    draft: Draft,
+    ids: Arc<Mutex<IdSource>>,
+}
+
+impl GroupState {
+    /// Nothing known yet.
+    pub fn new(log: GroupLog) -> Self {
+        Self { log, known: None }
+    }
+
+    /// The log.
+    pub fn log(&self) -> &GroupLog {
+        &self.log
+    }
+
+    /// Forgets everything, to be read again.
+    pub fn forget(&mut self) {
+        self.known = None;
+    }
+
+    /// Makes sure that what is known is the newest.
+    async fn refresh(&mut self) -> Result<&mut KnownHead, ReadError> {
+        if let Some(known) = &self.known {
+            let next = known.head.record.seq.next();
+            if self.log.read(next).await?.is_some() {
+                self.known = None;
+            }
+        }
+        if self.known.is_none() {
+            self.known = Some(KnownHead::load(&self.log).await?);
+        }
+        Ok(self.known.as_mut().expect("just loaded"))
+    }
+}
+
+impl KnownHead {
+    async fn load(log: &GroupLog) -> Result<Self, ReadError> {
+        let (head, hash) = log.head().await?;
+        let layers = match &head.point {
+            Some((_, point)) => {
+                let view = View::open(log.store(), log.keys(), point).await?;
+                Layers { view, segments: point.segments.clone() }
+            }
+            None => Layers { view: View::default(), segments: Vec::new() },
+        };
+        let (generation, seq) = (head.record.generation, head.record.seq);
+        let binding = DraftBinding { group: log.group(), base_commit: head.record.commit };
+        let draft = Draft::recover(log.store(), log.keys(), binding, generation, seq).await?;
+        let ids = Arc::new(Mutex::new(IdSource::new(seq, generation, crate::random::number())));
+        Ok(Self { head, hash, layers, ranges: BTreeMap::new(), draft, ids })
+    }
+}
+
+/// An open round.
+pub struct Round {
+    /// What was agreed.
+    pub taken: Taken,
+    /// Where records go.
+    pub ingest: Arc<Ingest>,
+    /// Base, deltas, draft: what the agent compares with.
+    view: View,
+}
+
+impl Round {
+    /// Answers an `Open`.
+    pub async fn open(
+        state: &mut GroupState,
+        sink: &mut Sink,
+        open: &Open,
+        resources: &RoundResources,
+    ) -> Result<(Self, Opened), Refusal> {
+        let (store, keys) = (state.log.store().clone(), state.log.keys());
+        let known = state.refresh().await.map_err(|e| e.refusal())?;
+        let taken = sink.open(&known.head, open)?;
+        let mut view = known.layers.view.clone();
+        view.volumes = taken
+            .volumes
+            .iter()
+            .map(|v| ViewVolume {
+                slot: v.slot,
+                geometry: v.offer.geometry,
+                base: known.layers.view.volume(v.slot).and_then(|old| old.base.clone()),
+            })
+            .collect();
+        view.deltas.extend(known.draft.deltas.iter().cloned());
+        view.loose.push(known.draft.loose.clone());
+        let first_capture = CaptureNumber(known.head.max_capture().max(known.draft.max_capture).0 + 1);
+        let writer = SegmentWriter::new(
+            store,
+            keys,
+            known.draft.binding,
+            known.ids.clone(),
+            resources.segment_size,
+            resources.budget.clone(),
+        );
+        let admission = Sink::admission(&taken, first_capture);
+        let ingest = Ingest::new(admission, writer, resources.verifiers.clone());
+        let mut draft_pages: BTreeMap<VolumeSlot, Vec<u64>> = BTreeMap::new();
+        for (slot, page) in known.draft.pages().await.map_err(|e| e.refusal())? {
+            draft_pages.entry(slot).or_default().push(page.0);
+        }
+        let max_runs = MAX_DRAFT_RUNS / taken.volumes.len().max(1);
+        let opened = Opened {
+            generation: taken.generation,
+            head: taken.base,
+            head_commit: taken.base_commit,
+            next_capture: first_capture,
+            volumes: taken
+                .volumes
+                .iter()
+                .map(|v| {
+                    let pages = draft_pages.remove(&v.slot).unwrap_or_default();
+                    let inside = pages.into_iter().filter(|p| *p < v.offer.geometry.pages());
+                    OpenedVolume { slot: v.slot, digest: v.head_digest, draft: DraftPages::of(inside, max_runs) }
+                })
+                .collect(),
+            volumes_changed: taken.changed,
+        };
+        Ok((Self { taken, ingest, view }, opened))
+    }
+
+    /// The view that the agent compares with.
+    pub fn view(&self) -> &View {
+        &self.view
+    }
+
+    /// Which blocks of a page the draft held when the round was opened, and everything of the page.
+    pub async fn page(
+        &self,
+        state: &GroupState,
+        slot: VolumeSlot,
+        index: PageIndex,
+    ) -> Result<(Vec<u8>, Vec<backhaul_protocol::digest::BlockDigest>), ReadError> {
+        let volume = self.view.volume(slot).ok_or_else(|| ReadError::NotFound("no such volume".into()))?;
+        let page = self.view.page(volume, index).await?;
+        let mut set = backhaul_protocol::session::compare::BlockSet::default();
+        if let Some(known) = &state.known {
+            let (deltas, loose) = (&known.draft.deltas, std::slice::from_ref(&known.draft.loose));
+            let blocks = volume.geometry.page_blocks(index);
+            let layer = layer_page(deltas, loose, slot, index, blocks).await?;
+            layer.blocks().filter(|(_, held)| held.is_some()).for_each(|(block, _)| set.insert(block.in_page()));
+        }
+        Ok((set.to_bytes(), page.digests()))
+    }
+
+    /// The round ends without a commit: what has arrived stays, as a draft.
+    pub async fn abandon(self, state: &mut GroupState) {
+        match self.ingest.writer().finish(Rest::Segment).await {
+            Ok(finished) => {
+                if let Some(known) = &mut state.known {
+                    finished.stored.into_iter().for_each(|(reference, index)| known.draft.add(reference, index));
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "could not keep what had arrived; it is sent again");
+                state.forget();
+            }
+        }
+    }
+
+    /// Takes what has been stored so far into the draft, and folds it where it has grown.
+    pub async fn absorb(&self, state: &mut GroupState) -> Result<(), ReadError> {
+        let target = self.fold_target(state);
+        let Some(known) = &mut state.known else { return Ok(()) };
+        for (reference, index) in self.ingest.writer().collect().await? {
+            known.draft.add(reference, index);
+        }
+        if known.draft.wants_fold() {
+            let mut ids = *lock(&known.ids);
+            // Ids are set aside generously: uploads go on meanwhile and take theirs from the same counter.
+            let mut apart = ids;
+            apart.used_up_to(ObjectId { n: ids.peek().n + FOLD_IDS, ..ids.peek() });
+            *lock(&known.ids) = apart;
+            known.draft.fold(&target, &mut ids).await?;
+        }
+        Ok(())
+    }
+
+    fn fold_target(&self, state: &GroupState) -> FoldTarget {
+        FoldTarget {
+            store: state.log.store().clone(),
+            keys: state.log.keys(),
+            binding: DraftBinding { group: state.log.group(), base_commit: self.taken.base_commit },
+            volumes: self.taken.volumes.iter().map(|v| (v.slot, v.offer.geometry)).collect(),
+        }
+    }
+
+    /// Makes the draft a point. `now` is the receiver's clock.
+    pub async fn commit(
+        &mut self,
+        state: &mut GroupState,
+        sink: &mut Sink,
+        peer: backhaul_protocol::ids::AgentId,
+        commit: Commit,
+        now: UnixMillis,
+    ) -> Result<Committed, Refusal> {
+        let records = commit.records;
+        sink.commit(commit)?;
+        self.wait_for(records).await?;
+        let read = |e: ReadError| e.refusal();
+        let target = self.fold_target(state);
+        let log = state.log.clone();
+        let known =
+            state.known.as_mut().ok_or_else(|| Refusal { reason: Reason::Protocol, text: "no round".into() })?;
+        let rest = if known.draft.is_empty() { Rest::Inline(MAX_INLINE_RECORDS) } else { Rest::Segment };
+        let finished = self.ingest.writer().finish(rest).await.map_err(|e| read(e.into()))?;
+        let all_inline = finished.stored.is_empty();
+        for (reference, index) in finished.stored {
+            known.draft.add(reference, index);
+        }
+        let seq = self.taken.base.next();
+        let inline = match finished.inline {
+            // Segments were stored meanwhile after all: the rest joins them, so that a draft is one thing.
+            Some(builder) if !all_inline || !known.draft.is_empty() => {
+                let (reference, index) = store_rest(&log, known, builder).await.map_err(read)?;
+                known.draft.add(reference, index);
+                None
+            }
+            other => other.map(|b| b.into_inline(ObjectId::inline(seq))),
+        };
+        let inline_loose = Arc::new(Loose::new(inline.as_ref().map(|i| i.index.clone()).unwrap_or_default()));
+        let mut layers = self.layers(known, inline_loose.clone());
+        let (sealed, ranges) = self.examine(known, &layers.view, &inline_loose).await.map_err(read)?;
+        let (taken, approved) = sink.sealed(&sealed)?;
+
+        // The records inside the log record have no place yet: they are left out of folding and stay loose.
+        layers.view.loose.retain(|l| !Arc::ptr_eq(l, &inline_loose));
+        let mut ids = *lock(&known.ids);
+        let folded =
+            fold::fold_point(&target, &mut layers, usize::from(inline.is_some()), &mut ids).await.map_err(read)?;
+        *lock(&known.ids) = ids;
+        let checked = check_folded(&taken, &approved, &folded, inline.is_none())?;
+
+        let stored = known.draft.stored + inline.as_ref().map_or(0, |i| i.records.len() as u64);
+        let record = self.record(&log, known, peer, &taken, &approved, checked, &layers, inline, stored, now);
+        let (outcome, hash, len) = log.append(&record).await.map_err(read)?;
+        match outcome {
+            Appended::Ours => {}
+            Appended::Theirs(theirs) => {
+                state.forget();
+                let text =
+                    format!("record {} was written by somebody else (commit {}) meanwhile", record.seq, theirs.commit);
+                return Err(Refusal { reason: Reason::Conflict, text });
+            }
+            Appended::BelowFloor => {
+                state.forget();
+                return Err(Refusal { reason: Reason::Conflict, text: "this receiver slept too long".into() });
+            }
+        }
+        sink.appended();
+        let committed =
+            Committed { seq: record.seq, commit: record.commit, time: record.time, metadata_bytes: len as u64 };
+        self.adopt(state, record, hash, layers, ranges).await.map_err(read)?;
+        Ok(committed)
+    }
+
+    async fn wait_for(&self, records: u64) -> Result<(), Refusal> {
+        let mut progress = self.ingest.progress();
+        loop {
+            let now = progress.borrow_and_update().clone();
+            if let Some(text) = now.failed {
+                return Err(Refusal { reason: Reason::Protocol, text });
+            }
+            if now.records >= records {
+                return Ok(());
+            }
+            // Streams and the control stream are not ordered: the last blocks may still be on their way.
+            if tokio::time::timeout(Duration::from_secs(60), progress.changed()).await.is_err() {
+                let text = format!("{} of {records} records arrived, then nothing for a minute", now.records);
+                return Err(Refusal { reason: Reason::Busy, text });
+            }
+        }
+    }
+
+    /// Everything that the new point consists of.
+    fn layers(&self, known: &KnownHead, inline: Arc<Loose>) -> Layers {
+        let mut view = self.view.clone();
+        view.deltas = known.layers.view.deltas.iter().chain(&known.draft.deltas).cloned().collect();
+        view.loose = known.layers.view.loose.clone();
+        view.loose.push(known.draft.loose.clone());
+        view.loose.push(inline);
+        let segments = known.layers.segments.iter().chain(&known.draft.segments).copied().collect();
+        Layers { view, segments }
+    }
+
+    /// Recomputes the digest of what changed, and the volumes' digests where their pages are at hand.
+    async fn examine(
+        &self,
+        known: &mut KnownHead,
+        view: &View,
+        inline: &Arc<Loose>,
+    ) -> Result<(Sealed, BTreeMap<VolumeSlot, Vec<RangeDigest>>), ReadError> {
+        let draft = [known.draft.loose.clone(), inline.clone()];
+        let touched = touched_pages(&known.draft.deltas, &draft).await?;
+        let mut delta = DeltaDigester::default();
+        for (slot, index) in &touched {
+            let Some(volume) = view.volume(*slot) else { continue };
+            let blocks = volume.geometry.page_blocks(*index);
+            let page = layer_page(&known.draft.deltas, &draft, *slot, *index, blocks).await?;
+            for (block, held) in page.blocks() {
+                if let Some((_, content)) = held {
+                    delta.push(*slot, block, content.digest());
+                }
+            }
+        }
+        let inline_max = inline.0.iter().map(|e| e.entry.capture).max().unwrap_or_default();
+        let in_memory = view.deltas.is_empty() && view.volumes.iter().all(|v| v.base.is_none());
+        let mut ranges = BTreeMap::new();
+        let mut volumes = Vec::new();
+        for taken in &self.taken.volumes {
+            let volume = view.volume(taken.slot).expect("every taken volume is in the view");
+            let pages: Vec<PageIndex> = touched.iter().filter(|(s, _)| *s == taken.slot).map(|(_, p)| *p).collect();
+            let before = self.ranges_before(known, taken.slot, taken.known).await?;
+            let at_hand = in_memory || pages.len() <= PAGES_AT_HAND;
+            let Some(mut own) = before.filter(|_| at_hand) else {
+                volumes.push(None);
+                continue;
+            };
+            let page_count = volume.geometry.pages();
+            own.resize(page_count as usize, RangeDigest::ZERO);
+            // The last page too: its length may have changed with the volume's.
+            for index in pages.into_iter().filter(|p| p.0 < page_count).chain([PageIndex(page_count - 1)]) {
+                own[index.0 as usize] = view.page(volume, index).await?.range_digest();
+            }
+            volumes.push(Some(VolumeDigester::of(volume.geometry, &own)));
+            ranges.insert(taken.slot, own);
+        }
+        let sealed = Sealed {
+            delta_digest: delta.finish(),
+            delta_blocks: delta.count(),
+            max_capture: known.draft.max_capture.max(inline_max),
+            volumes,
+        };
+        Ok((sealed, ranges))
+    }
+
+    /// Range digests of a volume in the newest point, from memory or computed if that is cheap.
+    async fn ranges_before(
+        &self,
+        known: &mut KnownHead,
+        slot: VolumeSlot,
+        is_known: Known,
+    ) -> Result<Option<Vec<RangeDigest>>, ReadError> {
+        if is_known == Known::No {
+            return Ok(Some(Vec::new()));
+        }
+        if let Some(ranges) = known.ranges.get(&slot) {
+            return Ok(Some(ranges.clone()));
+        }
+        let view = &known.layers.view;
+        let Some(volume) = view.volume(slot) else { return Ok(Some(Vec::new())) };
+        let in_memory = view.deltas.is_empty() && volume.base.is_none();
+        let changed = touched_pages(&view.deltas, &view.loose).await?.len();
+        if !in_memory && changed > PAGES_AT_HAND {
+            return Ok(None);
+        }
+        let (ranges, _) = view.volume_digest(volume).await?;
+        known.ranges.insert(slot, ranges.clone());
+        Ok(Some(ranges))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a log record is made of all of it")]
+    fn record(
+        &self,
+        log: &GroupLog,
+        known: &KnownHead,
+        peer: backhaul_protocol::ids::AgentId,
+        taken: &Taken,
+        approved: &Approved,
+        checked: Vec<Checked>,
+        layers: &Layers,
+        inline: Option<backhaul_protocol::store::segment::Inline>,
+        delta_stored: u64,
+        now: UnixMillis,
+    ) -> Record {
+        let commit = &approved.commit;
+        let volumes =
+            taken.volumes.iter().zip(&commit.volumes).zip(checked).map(|((v, stated), checked)| PointVolume {
+                slot: v.slot,
+                id: v.offer.id,
+                name: v.offer.name.clone(),
+                incarnation: v.offer.incarnation,
+                geometry: v.offer.geometry,
+                digest: stated.digest,
+                checked,
+                full_scan: stated.full_scan,
+                base: fold::base_reference(&layers.view, v.slot),
+            });
+        let point = PointBody {
+            base: taken.base,
+            consistency: commit.consistency,
+            capture_start: commit.capture_start,
+            capture_end: commit.capture_end,
+            max_capture: commit.max_capture.max(known.head.max_capture()),
+            delta_digest: commit.delta_digest,
+            delta_blocks: commit.delta_blocks,
+            delta_stored,
+            agent: peer,
+            machine: taken.machine,
+            next_slot: taken.next_slot,
+            volumes: volumes.collect(),
+            deltas: layers.view.deltas.iter().map(|d| d.reference).collect(),
+            segments: layers.segments.clone(),
+            inline,
+        };
+        Record {
+            group: log.group(),
+            seq: taken.base.next(),
+            previous: known.hash,
+            generation: taken.generation,
+            commit: commit.commit,
+            nonce: commit.nonce,
+            // Commit times never go backwards within a group, whatever the clock does.
+            time: now.max(known.head.record.time),
+            body: Body::Point(Box::new(point)),
+        }
+    }
+
+    /// The new point becomes what is known, so that the next round reads nothing.
+    async fn adopt(
+        &self,
+        state: &mut GroupState,
+        record: Record,
+        hash: ObjectDigest,
+        mut layers: Layers,
+        ranges: BTreeMap<VolumeSlot, Vec<RangeDigest>>,
+    ) -> Result<(), ReadError> {
+        let (seq, generation) = (record.seq, record.generation);
+        // Read back once: the places of inline records are known only now that the record is laid out.
+        let lost = ReadError::Log { seq, what: "the record went away" };
+        let (record, _) = if record.point().is_some_and(|p| p.inline.is_some()) {
+            let bytes = record.to_bytes();
+            let parsed =
+                Record::parse(record.group, seq, &bytes).map_err(ReadError::damaged(&state.log.keys().log(seq)))?;
+            let own = parsed.point().and_then(|p| p.segments.last().copied()).ok_or(lost)?;
+            let start = own.index_offset as usize;
+            let index = backhaul_protocol::store::segment::read_index(&own, &bytes[start..])
+                .map_err(ReadError::damaged(&state.log.keys().log(seq)))?;
+            layers.view.loose.push(Arc::new(Loose::new(index)));
+            layers.segments.push(own);
+            (parsed, ())
+        } else {
+            (record, ())
+        };
+        if layers.view.loose.len() > 1 {
+            let all = layers.view.loose.iter().flat_map(|l| l.0.iter().copied()).collect();
+            layers.view.loose = vec![Arc::new(Loose::new(all))];
+        }
+        let point = record.point().cloned().map(|p| (seq, p));
+        let binding = DraftBinding { group: state.log.group(), base_commit: record.commit };
+        state.known = Some(KnownHead {
+            head: GroupHead { record, point },
+            hash,
+            layers,
+            ranges,
+            draft: Draft::empty(binding),
+            ids: Arc::new(Mutex::new(IdSource::new(seq, generation, crate::random::number()))),
+        });
+        Ok(())
+    }
+}
+
+/// Ids that a fold of the draft may take: parts of 16 MiB of maps of at most 2^20 entries.
+const FOLD_IDS: u32 = 4096;
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+async fn store_rest(
+    log: &GroupLog,
+    known: &KnownHead,
+    builder: SegmentBuilder,
+) -> Result<crate::segment_writer::Stored, ReadError> {
+    let id = lock(&known.ids).take();
+    let sealed = builder.seal(known.draft.binding, id);
+    log.store().put_new(&log.keys().segment(id), bytes::Bytes::from(sealed.bytes)).await?;
+    Ok((sealed.reference, sealed.index))
+}
+
+/// What folding recomputed must be what the agent states too.
+fn check_folded(
+    taken: &Taken,
+    approved: &Approved,
+    folded: &[(VolumeSlot, VolumeDigest)],
+    complete: bool,
+) -> Result<Vec<Checked>, Refusal> {
+    let mut checked = approved.checked.clone();
+    for ((volume, stated), checked) in taken.volumes.iter().zip(&approved.commit.volumes).zip(&mut checked) {
+        let Some((_, digest)) = folded.iter().find(|(slot, _)| *slot == volume.slot).filter(|_| complete) else {
+            continue;
+        };
+        if *digest != stated.digest {
+            let text = format!(
+                "volume {}: folding gives digest {digest}, the agent states {}",
+                volume.offer.name, stated.digest
+            );
+            return Err(Refusal { reason: Reason::Digest, text });
+        }
+        *checked = Checked::Digest;
+    }
+    Ok(checked)
+}
+
+/// Work after a commit that nobody waits for: the hint, and a checkpoint where one is due.
+pub async fn after_commit(log: &GroupLog, seq: LogSeq, hint: bool) {
+    if hint {
+        if let Err(error) = log.write_hint(seq).await {
+            tracing::warn!(%error, "could not write the head hint; readers probe a little longer");
+        }
+    }
+    if seq.0 % CHECKPOINT_INTERVAL == 0 {
+        if let Err(error) = log.write_checkpoint(seq).await {
+            tracing::warn!(%error, "could not write a checkpoint; lists of points read more of the log");
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! Turns verified records into stored segments, within the memory budget of the process.
+//!
+//! Read first: [`SegmentWriter::push`], then [`Budget`]. A segment is sealed by size, by number of records, when the
+//! round ends, or when somebody else needs the memory.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use backhaul_protocol::limits::MAX_SEGMENT_RECORDS;
+use backhaul_protocol::record::{HEADER_LEN, RecordHeader};
+use backhaul_protocol::store::key::GroupKeys;
+use backhaul_protocol::store::segment::{DraftBinding, INDEX_ROW_LEN, SegmentBuilder, SegmentRef, VolumeEntry};
+use bytes::Bytes;
+use tokio::sync::{Mutex as AsyncMutex, OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+
+use crate::draft::IdSource;
+use crate::store::{Kind, ObjectStore, StoreError};
+
+/// The budget counts in pieces of this many bytes.
+const PIECE: usize = 64 << 10;
+/// Segments of one session that are on their way to the store at once: one is sealed while another is written.
+const UPLOADS: usize = 2;
+
+/// Memory of all open segments and all uploads of the process.
+#[derive(Debug)]
+pub struct Budget {
+    pieces: Arc<Semaphore>,
+    total: usize,
+    writers: Mutex<Vec<Weak<SegmentWriter>>>,
+}
+
+impl Budget {
+    /// So many bytes.
+    pub fn new(bytes: usize) -> Arc<Self> {
+        let total = (bytes / PIECE).max(1);
+        Arc::new(Self { pieces: Arc::new(Semaphore::new(total)), total, writers: Mutex::default() })
+    }
+
+    /// Waits for so many bytes. Who has to wait makes the largest open segment of any session go to the store.
+    async fn take(&self, bytes: usize) -> OwnedSemaphorePermit {
+        let pieces = bytes.div_ceil(PIECE).clamp(1, self.total) as u32;
+        if let Ok(permit) = self.pieces.clone().try_acquire_many_owned(pieces) {
+            return permit;
+        }
+        let wait = self.pieces.clone().acquire_many_owned(pieces);
+        let mut wait = std::pin::pin!(wait);
+        loop {
+            let largest = lock(&self.writers).iter().filter_map(Weak::upgrade).max_by_key(|w| w.open_size());
+            if let Some(writer) = largest {
+                writer.seal_open();
+            }
+            // Others may open segments while this one waits: look again now and then.
+            let nap = tokio::time::Duration::from_millis(50);
+            if let Ok(permit) = tokio::time::timeout(nap, wait.as_mut()).await {
+                return permit.expect("the budget is never closed");
+            }
+        }
+    }
+
+    fn enroll(&self, writer: &Arc<SegmentWriter>) {
+        let mut writers = lock(&self.writers);
+        writers.retain(|w| w.strong_count() > 0);
+        writers.push(Arc::downgrade(writer));
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing in here panics half-way through a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A stored segment.
+pub type Stored = (SegmentRef, Vec<VolumeEntry>);
+
+#[derive(Default)]
+struct OpenSegment {
+    builder: Option<SegmentBuilder>,
+    permits: Vec<OwnedSemaphorePermit>,
+}
+
+/// Collects records of one round and stores them as segments.
+pub struct SegmentWriter {
+    store: Arc<dyn ObjectStore>,
+    keys: GroupKeys,
+    binding: DraftBinding,
+    ids: Arc<Mutex<IdSource>>,
+    segment_size: usize,
+    budget: Arc<Budget>,
+    open: Mutex<OpenSegment>,
+    slots: Arc<Semaphore>,
+    uploads: Mutex<JoinSet<Result<Stored, StoreError>>>,
+    finished: AsyncMutex<()>,
+}
+
+impl std::fmt::Debug for SegmentWriter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SegmentWriter").field("open", &self.open_size()).finish_non_exhaustive()
+    }
+}
+
+/// What is left when a round ends.
+pub struct Finished {
+    /// Segments that were stored.
+    pub stored: Vec<Stored>,
+    /// The rest, if it is small enough to lie inside the log record.
+    pub inline: Option<SegmentBuilder>,
+}
+
+/// Whether a small rest may lie inside the log record.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rest {
+    /// Up to so many bytes of records and their index.
+    Inline(usize),
+    /// Everything becomes a segment.
+    Segment,
+}
+
+impl SegmentWriter {
+    /// For one round.
+    pub fn new(
+        store: Arc<dyn ObjectStore>,
+        keys: GroupKeys,
+        binding: DraftBinding,
+        ids: Arc<Mutex<IdSource>>,
+        segment_size: usize,
+        budget: Arc<Budget>,
+    ) -> Arc<Self> {
+        let writer = Arc::new(Self {
+            store,
+            keys,
+            binding,
+            ids,
+            segment_size,
+            budget: budget.clone(),
+            open: Mutex::default(),
+            slots: Arc::new(Semaphore::new(UPLOADS)),
+            uploads: Mutex::default(),
+            finished: AsyncMutex::new(()),
+        });
+        budget.enroll(&writer);
+        writer
+    }
+
+    fn open_size(&self) -> usize {
+        lock(&self.open).builder.as_ref().map_or(0, SegmentBuilder::size)
+    }
+
+    /// Adds verified records. Waits while the budget is used up or two segments are on their way already, which is what
+    /// slows the agent down.
+    pub async fn push(self: &Arc<Self>, batch: &[u8], records: &[(RecordHeader, usize)]) {
+        let need = batch.len() + records.len() * INDEX_ROW_LEN;
+        let permit = self.budget.take(need).await;
+        // Wait for a free upload first: an open segment then never grows past its size while it waits.
+        let slot = self.slots.clone().acquire_owned().await.expect("slots are never closed");
+        let mut full = Vec::new();
+        {
+            let mut open = lock(&self.open);
+            open.permits.push(permit);
+            for (header, at) in records {
+                let payload = &batch[at + HEADER_LEN..at + HEADER_LEN + header.payload_len()];
+                let needs = HEADER_LEN + payload.len() + INDEX_ROW_LEN;
+                let no_room = open.builder.as_ref().is_some_and(|b| {
+                    b.size() + needs > self.segment_size || b.records() >= MAX_SEGMENT_RECORDS as usize
+                });
+                if no_room {
+                    full.push(std::mem::take(&mut *open));
+                }
+                let capacity = self.segment_size;
+                open.builder.get_or_insert_with(|| SegmentBuilder::with_capacity(capacity)).push(header, payload);
+            }
+        }
+        drop(slot);
+        for segment in full {
+            self.upload(segment);
+        }
+    }
+
+    /// Sends the open segment to the store although it is not full.
+    pub fn seal_open(self: &Arc<Self>) {
+        let open = std::mem::take(&mut *lock(&self.open));
+        self.upload(open);
+    }
+
+    fn upload(self: &Arc<Self>, segment: OpenSegment) {
+        let Some(builder) = segment.builder else { return };
+        let this = self.clone();
+        let id = lock(&self.ids).take();
+        lock(&self.uploads).spawn(async move {
+            let _slot = this.slots.clone().acquire_owned().await.expect("slots are never closed");
+            let binding = this.binding;
+            let sealed =
+                tokio::task::spawn_blocking(move || builder.seal(binding, id)).await.expect("sealing does not panic");
+            let key = this.keys.segment(id);
+            let result = this.store.put_new(&key, Bytes::from(sealed.bytes)).await;
+            drop(segment.permits);
+            match result {
+                Ok(()) => Ok((sealed.reference, sealed.index)),
+                // A random session tag that was used before on this base: nobody else's records are touched.
+                Err(e) if e.kind() == Kind::Exists => Err(e.retryable(true)),
+                Err(e) => Err(e),
+            }
+        });
+    }
+
+    /// What has been stored since the last call; the first failure if there is one.
+    pub async fn collect(&self) -> Result<Vec<Stored>, StoreError> {
+        let _one_at_a_time = self.finished.lock().await;
+        let mut done = Vec::new();
+        while let Some(joined) = { lock(&self.uploads).try_join_next() } {
+            done.push(joined.expect("uploads do not panic")?);
+        }
+        Ok(done)
+    }
+
+    /// Ends the round: waits until everything is stored.
+    pub async fn finish(self: &Arc<Self>, rest: Rest) -> Result<Finished, StoreError> {
+        let _one_at_a_time = self.finished.lock().await;
+        let open = std::mem::take(&mut *lock(&self.open));
+        let fits = |b: &SegmentBuilder| matches!(rest, Rest::Inline(max) if b.size() <= max);
+        let inline = if open.builder.as_ref().is_some_and(fits) {
+            open.builder
+        } else {
+            self.upload(open);
+            None
+        };
+        let mut uploads = std::mem::take(&mut *lock(&self.uploads));
+        let mut stored = Vec::new();
+        while let Some(joined) = uploads.join_next().await {
+            stored.push(joined.expect("uploads do not panic")?);
+        }
+        Ok(Finished { stored, inline })
+    }
+}
