@@ -144,6 +144,12 @@ impl Source {
     }
 }
 
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Source({}, {})", self.describe(), self.identity)
+    }
+}
+
 impl Volume for Source {
     fn length(&self) -> u64 {
         self.length

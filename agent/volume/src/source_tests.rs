@@ -27,7 +27,7 @@ fn image_tail_bounds_and_truncation() {
     std::fs::write(&path, &bytes).expect("written");
     let source = Source::open(&path).expect("opened");
     assert_eq!((source.length(), source.is_device(), source.sector_size()), (100_001, false, 1));
-    assert_eq!(read(&source, 65_536, 34_465), bytes[65_536..]);
+    assert!(read(&source, 65_536, 34_465) == bytes[65_536..]);
     let mut buf = [0; 10];
     assert!(matches!(source.read_at(ByteOffset(99_992), &mut buf), Err(VolumeError::OutOfBounds { .. })));
     assert!(matches!(source.read_at(ByteOffset(u64::MAX), &mut buf), Err(VolumeError::OutOfBounds { .. })));
@@ -61,7 +61,7 @@ fn what_is_not_a_volume_is_refused_without_hanging() {
             Ok(_) => panic!("{} was opened", path.display()),
         }
     }
-    let missing = Source::open(dir.path().join("none")).err().expect("not there");
+    let missing = Source::open(dir.path().join("none")).expect_err("not there");
     assert!(matches!(missing, VolumeError::Open { .. }) && !missing.is_retryable());
 }
 
@@ -108,22 +108,23 @@ fn device_is_read_past_the_cache_at_any_alignment() {
     let dir = folder();
     let device = LoopDevice::new(dir.path(), "a", (4 << 20) + 512);
     let bytes = noise((4 << 20) + 512, 3);
-    OpenOptions::new().write(true).open(&device.node).expect("opened").write_all(&bytes).expect("written");
+    let mut writer = OpenOptions::new().write(true).open(&device.node).expect("opened");
+    writer.write_all(&bytes).and_then(|()| writer.sync_all()).expect("written");
     let before = std::fs::read(&device.image).expect("read");
     let source = Source::open(&device.node).expect("opened");
     assert_eq!((source.length(), source.sector_size()), (bytes.len() as u64, 512));
     assert!(source.identity().weak(), "a loop device has no serial");
     for (at, len) in [(0, 65_536), (4 << 20, 512), (1, 1), (511, 3), (4095, 2_000_000), (bytes.len() - 7, 7)] {
-        assert_eq!(read(&source, at as u64, len), bytes[at..at + len], "{at} {len}");
+        assert!(read(&source, at as u64, len) == bytes[at..at + len], "{at} {len}");
         let mut odd = vec![0; len + 1];
         source.read_at(ByteOffset(at as u64), &mut odd[1..]).expect("read");
-        assert_eq!(odd[1..], bytes[at..at + len]);
+        assert!(odd[1..] == bytes[at..at + len], "{at} {len}");
     }
     assert_eq!(source.next_data(ByteOffset(5)).expect("asked"), Some(5..source.length()));
     let mut buf = AlignedBuffer::new(512);
     assert!(source.read_at(ByteOffset(source.length()), &mut buf).is_err());
     // I23
-    assert_eq!(std::fs::read(&device.image).expect("read"), before);
+    assert!(std::fs::read(&device.image).expect("read") == before, "reading writes nothing");
     if let Kind::Device(d) = &source.kind {
         assert!(d.direct.write(0, &[0; 512]).is_err(), "opened for reading only");
     }
@@ -143,7 +144,7 @@ fn sectors_of_4096_end_with_the_last_whole_one() {
     assert_eq!(source.sector_size(), 4096);
     assert_eq!(source.length(), 1 << 20);
     source.recheck().expect("unchanged");
-    assert_eq!(read(&source, (1 << 20) - 5000, 5000), bytes[(1 << 20) - 5000..1 << 20]);
+    assert!(read(&source, (1 << 20) - 5000, 5000) == bytes[(1 << 20) - 5000..1 << 20]);
 }
 
 #[test]
@@ -184,9 +185,43 @@ fn resized_and_swapped_devices_are_noticed() {
     let now = Source::open(&device.node).expect("opened");
     assert_eq!(source.identity().same_as(now.identity()), IdentityMatch::Grown { from: 4 << 20, to: 8 << 20 });
 
-    let link = dir.path().join("disk");
-    std::os::unix::fs::symlink(&device.node, &link).expect("linked");
-    let other = LoopDevice::new(dir.path(), "b", 8 << 20);
-    let other = Source::open(&other.node).expect("opened");
+    let other_device = LoopDevice::new(dir.path(), "b", 8 << 20);
+    let other = Source::open(&other_device.node).expect("opened");
     assert!(matches!(now.identity().same_as(other.identity()), IdentityMatch::Replaced { .. }));
+
+    // The node itself leads elsewhere, as after a disk was pulled and another one found: F12.
+    let node = dir.path().join("node");
+    let node_text = node.to_str().expect("text");
+    let minor = |s: &Source| rustix::fs::minor(std::fs::metadata(s.path()).expect("stat").rdev()).to_string();
+    run("mknod", &[node_text, "b", "7", &minor(&now)]);
+    let mine = Source::open(&node).expect("opened");
+    mine.recheck().expect("unchanged");
+    std::fs::remove_file(&node).expect("removed");
+    run("mknod", &[node_text, "b", "7", &minor(&other)]);
+    let e = mine.recheck().expect_err("another device");
+    assert!(e.to_string().contains("another device"), "{e}");
+}
+
+#[test]
+fn what_the_disk_cannot_read_is_an_error_and_not_zeroes() {
+    if !root() {
+        return;
+    }
+    let dir = folder();
+    let device = LoopDevice::new(dir.path(), "a", 4 << 20);
+    let source = Source::open(&device.node).expect("opened");
+    // The medium ends early beneath the device: F9.
+    OpenOptions::new().write(true).open(&device.image).and_then(|f| f.set_len(1 << 20)).expect("cut");
+    let mut buf = AlignedBuffer::new(65_536);
+    source.read_at(ByteOffset(0), &mut buf).expect("what is there");
+    match source.read_at(ByteOffset(2 << 20), &mut buf) {
+        Err(e @ (VolumeError::Read { .. } | VolumeError::ShortRead { .. })) => {
+            let text = e.to_string();
+            assert!(text.contains(device.text()) && text.contains("2097152 to 2162688"), "{text}");
+        }
+        other => panic!("{other:?}"),
+    }
+    // And one that reaches over the end of what can be read.
+    let mut across = vec![0; 2 << 20];
+    assert!(source.read_at(ByteOffset(0), &mut across).is_err());
 }

@@ -102,6 +102,16 @@ impl Watch {
     }
 }
 
+impl std::fmt::Debug for Watch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.state {
+            Err(reason) => write!(f, "Watch(lost: {reason})"),
+            Ok(State::Image { .. }) => f.write_str("Watch(lease)"),
+            Ok(State::Device(watch)) => write!(f, "Watch({})", watch.dev),
+        }
+    }
+}
+
 /// Size, modification and change time with nanoseconds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct FileTimes([i64; 5]);

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::*;
 use crate::Source;
-use crate::testing::{LoopDevice, Mount, can, noise, root, run};
+use crate::testing::{LoopDevice, Mount, can, noise, patiently, root, run};
 
 fn moved(stability: Stability) -> String {
     match stability {
@@ -160,6 +160,7 @@ fn an_idle_device_is_still_and_any_write_is_noticed() {
     for mode in [&["-z"][..], &[]] {
         let watch = source.watch();
         run("blkdiscard", &[mode, &["-f", "-o", "1048576", "-l", "1048576", device.text()]].concat());
+        assert!(watch.has_moved(), "{mode:?}: by the counters, not by the file beneath");
         assert!(moved(watch.finish()).contains("was written to"), "{mode:?}");
     }
     let watch = source.watch();
@@ -213,8 +214,16 @@ fn a_claimed_device_is_never_still() {
     assert!(moved(source.watch().finish()).contains("in use"));
     assert!(moved(whole.watch().finish()).contains("in use"), "a partition of it is mounted");
     drop(mount);
+    assert!(settle(&source).0);
+    // In use at the start and no more at the end, without a write.
+    let open = || File::options().read(true).custom_flags(libc::O_EXCL).open(&part);
+    let claim = patiently(open, |e| e.raw_os_error() == Some(libc::EBUSY)).expect("free");
     let watch = source.watch();
+    drop(claim);
+    assert!(moved(watch.finish()).contains("in use"));
+    assert!(settle(&source).0);
     // The probe does not stay: others may mount while we read.
+    let watch = source.watch();
     drop(Mount::new(&part, &dir.path().join("m")));
     moved(watch.finish());
     assert!(settle(&source).0);

@@ -1,5 +1,6 @@
 //! What the tests of this crate share: loop devices that go away again, and tests that do not skip in silence.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -12,7 +13,8 @@ use backhaul_protocol::record::{Encoder, HEADER_LEN, RecordHeader, VerifiedBlock
 pub(crate) fn can(what: &str, possible: bool) -> bool {
     if !possible {
         assert!(std::env::var("BACKHAUL_REQUIRE_ALL").as_deref() != Ok("1"), "needs {what}");
-        eprintln!("SKIPPED: needs {what}");
+        // Not eprintln!, which the test harness swallows.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: needs {what}");
     }
     possible
 }
@@ -107,7 +109,8 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).output();
+        let unmounted = || Command::new("umount").arg(&self.0).output().is_ok_and(|o| o.status.success());
+        let _ = patiently(|| unmounted().then_some(()).ok_or(()), |()| true);
     }
 }
 
@@ -121,4 +124,16 @@ pub(crate) fn verified<R>(g: Geometry, block: u64, plain: &[u8], use_it: impl Fn
     let (header, payload) = record.split_first_chunk::<HEADER_LEN>().expect("a header");
     let header = RecordHeader::parse(header).expect("a record");
     use_it(&Verifier::new().expect("a verifier").verify(&header, payload, g).expect("verified"))
+}
+
+/// Repeats `attempt` for up to a second while it fails as `passing` says. Tests beside this one start programs, and
+/// between fork and exec a child holds every descriptor of ours, exclusive claims and all.
+pub(crate) fn patiently<T, E>(attempt: impl Fn() -> Result<T, E>, passing: impl Fn(&E) -> bool) -> Result<T, E> {
+    for _ in 0..200 {
+        match attempt() {
+            Err(e) if passing(&e) => std::thread::sleep(std::time::Duration::from_millis(5)),
+            result => return result,
+        }
+    }
+    attempt()
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use backhaul_protocol::geometry::BlockIndex;
 
 use super::*;
-use crate::testing::{LoopDevice, Mount, can, noise, root, run, verified};
+use crate::testing::{LoopDevice, Mount, can, noise, patiently, root, run, verified};
 
 const MIB: u64 = 1 << 20;
 const BLOCK: u64 = 64 << 10;
@@ -18,7 +18,8 @@ fn geometry(length: u64) -> Geometry {
 fn open(path: &Path, length: u64) -> Target {
     let confirm = path.starts_with("/dev").then(|| path.display().to_string());
     let needs = TargetNeeds { length, confirm, ..TargetNeeds::default() };
-    Target::check(path, &needs).expect("accepted").open().expect("opened")
+    let busy = |e: &TargetError| matches!(e, TargetError::Refused { why: Refusal::Busy, .. });
+    patiently(|| Target::check(path, &needs), busy).expect("accepted").open().expect("opened")
 }
 
 /// Writes every block of `want`, zero blocks as zeroes, in the given order of blocks.
@@ -71,11 +72,11 @@ fn files_new_longer_shorter_and_empty() {
             assert!(is_zero(&content(&target)));
         }
         restore(&target, &want, (0..g.blocks()).rev());
-        assert_eq!(content(&target), want, "{name}: what will be");
+        assert!(content(&target) == want, "{name}: what will be");
         assert_eq!(target.next_data(ByteOffset(5)).expect("asked"), Some(5..MIB), "{name}: the waiting MiB is data");
         assert!(is_zero(&std::fs::read(&path).expect("read")[..MIB as usize]), "{name}: the first MiB waits");
         target.finish(Durability::Device).expect("finished");
-        assert_eq!(std::fs::read(&path).expect("read"), want, "{name}");
+        assert!(std::fs::read(&path).expect("read") == want, "{name}");
         let (back, how) = read_back(&target);
         assert!(back == want && how != ReadBack::Cached, "{name}: {how:?}");
         let allocated = std::fs::metadata(&path).expect("stat").blocks() * 512;
@@ -93,7 +94,7 @@ fn memory_is_not_called_a_device() {
     let target = open(&dir.path().join("a"), want.len() as u64);
     restore(&target, &want, 0..geometry(want.len() as u64).blocks());
     target.finish(Durability::Device).expect("finished");
-    assert_eq!(read_back(&target), (want, ReadBack::Cached));
+    assert!(read_back(&target) == (want, ReadBack::Cached));
 }
 
 #[test]
@@ -103,7 +104,7 @@ fn a_killed_restore_shows_and_is_continued() {
     let (old, want) = (volume(4 * MIB, 3), volume(4 * MIB, 4));
     std::fs::write(&path, &old).expect("written");
     let target = open(&path, 4 * MIB);
-    assert_eq!(content(&target), old, "opening changes nothing");
+    assert!(content(&target) == old, "opening changes nothing");
     restore(&target, &want, [60].into_iter());
     assert_eq!(content(&target)[..MIB as usize], old[..MIB as usize], "the old MiB is kept in memory to compare with");
     assert!(is_zero(&std::fs::read(&path).expect("read")[..MIB as usize]), "and gone from the medium");
@@ -112,13 +113,13 @@ fn a_killed_restore_shows_and_is_continued() {
     let target = open(&path, 4 * MIB);
     restore(&target, &want, 0..64);
     target.finish(Durability::Cached).expect("finished");
-    assert_eq!(std::fs::read(&path).expect("read"), want);
+    assert!(std::fs::read(&path).expect("read") == want);
     drop(target);
 
     // Nothing to change: nothing is touched, not even its times.
     let before = std::fs::metadata(&path).expect("stat");
     let target = open(&path, 4 * MIB);
-    assert_eq!(content(&target), want);
+    assert!(content(&target) == want);
     target.finish(Durability::Device).expect("finished");
     let after = std::fs::metadata(&path).expect("stat");
     assert_eq!((before.mtime_nsec(), before.ctime_nsec()), (after.mtime_nsec(), after.ctime_nsec()));
@@ -149,8 +150,8 @@ fn device_first_mib_last_short_tail_and_nothing_behind() {
     let g = geometry(want.len() as u64);
     let target = open(&disk.node, g.length());
     assert!(!target.is_fresh() && target.is_device());
-    assert_eq!(content(&target), old[..want.len()]);
-    assert_eq!(std::fs::read(&disk.image).expect("read"), old, "opening writes nothing");
+    assert!(content(&target) == old[..want.len()]);
+    assert!(std::fs::read(&disk.image).expect("read") == old, "opening writes nothing");
 
     let mut run_of = VerifiedRun::new(g, 4 << 20);
     for n in 0..g.blocks() {
@@ -169,16 +170,16 @@ fn device_first_mib_last_short_tail_and_nothing_behind() {
     target.write_run(&run_of).expect("written");
     let on_disk = std::fs::read(&disk.image).expect("read");
     assert!(is_zero(&on_disk[..MIB as usize]), "nothing takes it for a disk yet");
-    assert_eq!(on_disk[MIB as usize..want.len()], want[MIB as usize..]);
-    assert_eq!(content(&target), want);
+    assert!(on_disk[MIB as usize..want.len()] == want[MIB as usize..]);
+    assert!(content(&target) == want);
 
     target.finish(Durability::Device).expect("finished");
-    assert_eq!(read_back(&target), (want.clone(), ReadBack::Direct));
+    assert!(read_back(&target) == (want.clone(), ReadBack::Direct));
     let on_disk = std::fs::read(&disk.image).expect("read");
-    assert_eq!(on_disk[..want.len()], want);
-    assert_eq!(on_disk[want.len()..], old[want.len()..], "behind the volume is not ours");
+    assert!(on_disk[..want.len()] == want);
+    assert!(on_disk[want.len()..] == old[want.len()..], "behind the volume is not ours");
     drop(target);
-    assert_eq!(std::fs::read(&disk.node).expect("read")[..want.len()], want, "through the cache, too");
+    assert!(std::fs::read(&disk.node).expect("read")[..want.len()] == want, "through the cache, too");
 }
 
 /// Random writes and zeroes against bytes in memory: no stale byte, whatever the alignment.
