@@ -107,6 +107,14 @@ impl StoreError {
         self.retryable = yes;
         self
     }
+    /// Says how often and how long it was tried, where that was more than once.
+    #[must_use]
+    pub(super) fn after(mut self, attempts: u32, took: std::time::Duration) -> Self {
+        if attempts > 1 {
+            self.what = format!("{} (tried {attempts} times in {:.1} s)", self.what, took.as_secs_f64());
+        }
+        self
+    }
     /// What a caller may do about it.
     pub fn kind(&self) -> Kind {
         self.kind

@@ -11,6 +11,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use backhaul_protocol::store::key::ObjectKey;
@@ -18,7 +19,11 @@ use bytes::Bytes;
 
 pub mod dir;
 mod error;
+pub mod fault;
 pub mod mem;
+pub mod probe;
+pub mod retry;
+pub mod s3;
 mod settings;
 mod url;
 
@@ -71,14 +76,31 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
     fn describe(&self) -> String;
 }
 
-/// Opens the store that the user named, with the retry layer around it.
-///
-/// Buckets are not contacted here beyond finding credentials; the first call says whether the bucket is there.
+/// Longest that [`open`] tries to reach a bucket: who mistyped an address wants to know soon. Arbitrary.
+const FIRST_CONTACT: Duration = Duration::from_secs(10);
+
+/// Opens the store that the user named, with the retry layer around it. A bucket is asked for one name first, so that
+/// a wrong address, region, bucket or key is said now and not after all the retries of some later call.
 pub async fn open(url: &StoreUrl, settings: &StoreSettings) -> Result<Arc<dyn ObjectStore>, StoreError> {
     match url {
-        StoreUrl::Dir(path) => Ok(Arc::new(dir::DirStore::open(path, settings.missing_root).await?)),
-        StoreUrl::S3(url) => Err(StoreError::new(Kind::Config, Verb::Open, url, "buckets are being built")),
+        StoreUrl::Dir(path) => {
+            let store = dir::DirStore::open(path, settings.missing_root).await?;
+            Ok(Arc::new(retry::Retrying::new(store, settings.retry.clone())))
+        }
+        StoreUrl::S3(url) => open_s3(url, settings, s3::Credentials::Chain).await,
     }
+}
+
+/// [`open`] for a bucket, with credentials that need not come from the environment.
+pub async fn open_s3(
+    url: &S3Url,
+    settings: &StoreSettings,
+    credentials: s3::Credentials,
+) -> Result<Arc<dyn ObjectStore>, StoreError> {
+    let store = Arc::new(s3::S3Store::connect(url, &settings.s3, credentials).await?);
+    let soon = RetrySettings { total: settings.retry.total.min(FIRST_CONTACT), ..settings.retry.clone() };
+    retry::Retrying::new(Arc::clone(&store), soon).list("", None, 1).await?;
+    Ok(Arc::new(retry::Retrying::new(store, settings.retry.clone())))
 }
 
 #[async_trait]

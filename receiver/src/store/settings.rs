@@ -60,16 +60,19 @@ impl S3Settings {
     }
 }
 
-/// The one retry layer: exponential, with full jitter, bounded by time and not by number.
+/// The one retry layer: pauses that double, each with up to its own length more by chance, bounded by time and not by
+/// number.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RetrySettings {
-    /// Longest first pause.
+    /// First pause, before chance.
     pub first_pause: Duration,
-    /// Longest pause of all.
+    /// Longest pause, before chance.
     pub longest_pause: Duration,
     /// From the first attempt until the caller is told, whatever the backend does in between; an attempt that runs at
     /// that moment is dropped.
     pub total: Duration,
+    /// Makes the jitter repeatable, for simulations. `None` in a real receiver, where two must not pause in step.
+    pub seed: Option<u64>,
 }
 
 impl Default for RetrySettings {
@@ -83,6 +86,7 @@ impl Default for RetrySettings {
             // Long enough for a failover of a compatible server or a rebooted NAT gateway; what takes longer is for
             // the session to survive, not for one call. Two attempts with the largest segment (64 MiB) fit. Arbitrary.
             total: Duration::from_secs(180),
+            seed: None,
         }
     }
 }

@@ -1,0 +1,156 @@
+//! The one layer that tries again. The SDK under a bucket has its own retries switched off: two layers multiply, and
+//! only this one knows what a lost reply means. Read [`Retrying`].
+
+use std::future::Future;
+use std::ops::Range;
+
+use async_trait::async_trait;
+use backhaul_protocol::store::key::ObjectKey;
+use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
+use bytes::Bytes;
+use tokio::time::{Duration, Instant};
+
+use super::{Kind, ObjectStore, RetrySettings, StoreError, Verb};
+
+/// Tries a call again while its error says that this may help, for as long as the settings allow.
+///
+/// **A lost reply.** When an attempt of `put_new` ends without a clear answer and a later one finds the object there,
+/// that may be our own work. The object is read back: equal bytes are success, others are [`Kind::Exists`]. So the
+/// bodies of two writers must differ if only one of them may believe that it won; every record of the log carries a
+/// commit id for this.
+///
+/// When the time is up the last error is returned, and after an `Unavailable` a `put_new` may still have been applied.
+#[derive(Debug)]
+pub struct Retrying<S> {
+    inner: S,
+    settings: RetrySettings,
+}
+
+impl<S: ObjectStore> Retrying<S> {
+    /// Puts the layer around a store.
+    pub fn new(inner: S, settings: RetrySettings) -> Self {
+        Self { inner, settings }
+    }
+
+    /// What is under the layer.
+    pub fn inner(&self) -> &S {
+        &self.inner
+    }
+
+    fn tries(&self, verb: Verb, object: &str) -> Tries {
+        let RetrySettings { first_pause, longest_pause, total, seed } = self.settings;
+        let pauses = ExponentialBuilder::new().with_min_delay(first_pause).with_max_delay(longest_pause);
+        let pauses = pauses.with_jitter().without_max_times();
+        let pauses = seed.map_or(pauses, |seed| pauses.with_jitter_seed(seed)).build();
+        Tries { verb, object: object.to_owned(), start: Instant::now(), total, pauses, failed: 0 }
+    }
+
+    /// For verbs that may be repeated without a second thought.
+    async fn repeat<T, F>(&self, verb: Verb, object: &str, call: impl Fn() -> F + Send + Sync) -> Result<T, StoreError>
+    where
+        T: Send,
+        F: Future<Output = Result<T, StoreError>> + Send,
+    {
+        let mut tries = self.tries(verb, object);
+        loop {
+            match tries.attempt(call()).await {
+                Err(error) if error.is_retryable() => tries.pause(error).await?,
+                other => return other,
+            }
+        }
+    }
+
+    /// The object is there after an attempt of ours that had no clear answer: did that attempt make it?
+    async fn ours(&self, key: &ObjectKey, body: &Bytes, exists: StoreError) -> Result<(), StoreError> {
+        match self.get(key, body.len()).await {
+            Ok(found) if found == body => Ok(()),
+            Ok(_) => Err(exists),
+            // Longer than ours.
+            Err(error) if error.kind() == Kind::Corrupt => Err(exists),
+            Err(error) => {
+                let what = "it exists, perhaps by our own doing, and reading it back to find out failed";
+                Err(StoreError::new(Kind::Unavailable, Verb::PutNew, key, what).because(error))
+            }
+        }
+    }
+}
+
+/// The attempts of one call.
+struct Tries {
+    verb: Verb,
+    object: String,
+    start: Instant,
+    total: Duration,
+    pauses: ExponentialBackoff,
+    failed: u32,
+}
+
+impl Tries {
+    /// Runs one attempt, for as long as there is time at all.
+    async fn attempt<T>(&self, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+        let left = self.total.saturating_sub(self.start.elapsed());
+        match tokio::time::timeout(left, call).await {
+            Ok(result) => result,
+            Err(_) => {
+                let what = format!("no answer within {:.1} s", left.as_secs_f64());
+                Err(StoreError::new(Kind::Unavailable, self.verb, &self.object, what))
+            }
+        }
+    }
+
+    /// Waits before the next attempt, or gives the error back when there is no time for one.
+    async fn pause(&mut self, error: StoreError) -> Result<(), StoreError> {
+        self.failed += 1;
+        let took = self.start.elapsed();
+        let pause = self.pauses.next().unwrap_or(self.total);
+        if took + pause >= self.total {
+            return Err(error.after(self.failed, took));
+        }
+        tracing::debug!(%error, ?pause, "trying again");
+        tokio::time::sleep(pause).await;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl<S: ObjectStore> ObjectStore for Retrying<S> {
+    async fn put_new(&self, key: &ObjectKey, body: Bytes) -> Result<(), StoreError> {
+        let mut tries = self.tries(Verb::PutNew, key.as_str());
+        loop {
+            match tries.attempt(self.inner.put_new(key, body.clone())).await {
+                Err(error) if error.is_retryable() => tries.pause(error).await?,
+                Err(error) if error.is_exists() && tries.failed > 0 => return self.ours(key, &body, error).await,
+                other => return other,
+            }
+        }
+    }
+
+    async fn put_hint(&self, key: &ObjectKey, body: Bytes) -> Result<(), StoreError> {
+        self.repeat(Verb::PutHint, key.as_str(), || self.inner.put_hint(key, body.clone())).await
+    }
+
+    async fn get(&self, key: &ObjectKey, max: usize) -> Result<Bytes, StoreError> {
+        self.repeat(Verb::Get, key.as_str(), || self.inner.get(key, max)).await
+    }
+
+    async fn get_range(&self, key: &ObjectKey, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.repeat(Verb::GetRange, key.as_str(), || self.inner.get_range(key, range.clone())).await
+    }
+
+    async fn list(
+        &self,
+        prefix: &str,
+        after: Option<&ObjectKey>,
+        limit: usize,
+    ) -> Result<Vec<(ObjectKey, u64)>, StoreError> {
+        self.repeat(Verb::List, prefix, || self.inner.list(prefix, after, limit)).await
+    }
+
+    async fn delete(&self, key: &ObjectKey) -> Result<(), StoreError> {
+        self.repeat(Verb::Delete, key.as_str(), || self.inner.delete(key)).await
+    }
+
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+}
