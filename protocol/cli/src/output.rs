@@ -1,0 +1,86 @@
+//! Results on standard output, errors where the user looks for them.
+
+use std::io::Write;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::failure::{Exit, classify};
+use crate::progress::Progress;
+
+/// Where results go.
+#[derive(Clone, Debug)]
+pub struct Output {
+    json: bool,
+    quiet: bool,
+}
+
+impl Output {
+    /// Text, or one JSON object.
+    pub fn new(json: bool, quiet: bool) -> Self {
+        Self { json, quiet }
+    }
+
+    /// Whether JSON is wanted.
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Prints the result: `value` as JSON with its `schema` (`backhaul.sync/1`), or `text`.
+    pub fn result(&self, schema: &str, value: &impl Serialize, text: &str) {
+        if self.json {
+            let mut object = json!({ "schema": schema });
+            if let (Some(map), Ok(Value::Object(fields))) = (object.as_object_mut(), serde_json::to_value(value)) {
+                map.extend(fields);
+            }
+            print_line(&object.to_string());
+        } else if !text.is_empty() {
+            print_line(text);
+        }
+    }
+
+    /// Prints an error, with what to type next, and gives its exit code.
+    pub fn failure(&self, error: &anyhow::Error) -> Exit {
+        let (exit, code, next) = classify(error);
+        let message = whole_chain(error);
+        if self.json {
+            let error = json!({ "code": code, "message": message, "next": next });
+            print_line(&json!({ "schema": "backhaul.error/1", "error": error }).to_string());
+        }
+        let mut err = std::io::stderr().lock();
+        let _ = writeln!(err, "error[{code}]: {message}");
+        if let Some(next) = next {
+            let _ = writeln!(err, "next: {next}");
+        }
+        exit
+    }
+
+    /// A warning that the user should see whatever else is printed.
+    pub fn warn(&self, text: &str) {
+        let _ = writeln!(std::io::stderr().lock(), "warning: {text}");
+    }
+
+    /// Progress on standard error, in so many phases.
+    pub fn progress(&self, phases: usize) -> Progress {
+        Progress::new(phases, self.quiet)
+    }
+}
+
+/// A reader that went away (`| head`) is no error of ours.
+fn print_line(line: &str) {
+    let _ = writeln!(std::io::stdout().lock(), "{line}");
+}
+
+/// One line with every cause that the text before it does not tell already.
+fn whole_chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&cause);
+        }
+    }
+    text
+}
