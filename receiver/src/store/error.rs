@@ -93,7 +93,18 @@ impl StoreError {
     /// unless [`StoreError::retryable`] says otherwise.
     pub fn new(kind: Kind, verb: Verb, object: impl fmt::Display, what: impl Into<String>) -> Self {
         let retryable = kind == Kind::Unavailable;
-        Self { kind, verb, object: object.to_string(), what: what.into(), retryable, source: None }
+        let mut object = object.to_string();
+        if object.is_empty() {
+            // The empty prefix.
+            object.push_str("the store");
+        }
+        Self { kind, verb, object, what: what.into(), retryable, source: None }
+    }
+    /// The same error as one of opening the store: the call that failed was only made to find out.
+    pub(super) fn while_opening(mut self, store: impl fmt::Display) -> Self {
+        self.verb = Verb::Open;
+        self.object = store.to_string();
+        self
     }
     /// Adds what the system said.
     #[must_use]

@@ -294,3 +294,7 @@ impl<S: ObjectStore> ObjectStore for FaultStore<S> {
         format!("{}, with faults", self.inner.describe())
     }
 }
+
+#[cfg(test)]
+#[path = "fault_tests.rs"]
+mod tests;

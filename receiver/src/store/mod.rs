@@ -99,7 +99,7 @@ pub async fn open_s3(
 ) -> Result<Arc<dyn ObjectStore>, StoreError> {
     let store = Arc::new(s3::S3Store::connect(url, &settings.s3, credentials).await?);
     let soon = RetrySettings { total: settings.retry.total.min(FIRST_CONTACT), ..settings.retry.clone() };
-    retry::Retrying::new(Arc::clone(&store), soon).list("", None, 1).await?;
+    retry::Retrying::new(Arc::clone(&store), soon).list("", None, 1).await.map_err(|e| e.while_opening(url))?;
     Ok(Arc::new(retry::Retrying::new(store, settings.retry.clone())))
 }
 

@@ -40,8 +40,9 @@ impl<S: ObjectStore> Retrying<S> {
     fn tries(&self, verb: Verb, object: &str) -> Tries {
         let RetrySettings { first_pause, longest_pause, total, seed } = self.settings;
         let pauses = ExponentialBuilder::new().with_min_delay(first_pause).with_max_delay(longest_pause);
-        let pauses = pauses.with_jitter().without_max_times();
-        let pauses = seed.map_or(pauses, |seed| pauses.with_jitter_seed(seed)).build();
+        // Without a seed backon (its feature `std` is off) takes a constant, and all receivers pause in step.
+        let seed = seed.unwrap_or_else(|| uuid::Uuid::now_v7().as_u64_pair().1);
+        let pauses = pauses.with_jitter().with_jitter_seed(seed).without_max_times().build();
         Tries { verb, object: object.to_owned(), start: Instant::now(), total, pauses, failed: 0 }
     }
 
@@ -154,3 +155,7 @@ impl<S: ObjectStore> ObjectStore for Retrying<S> {
         self.inner.describe()
     }
 }
+
+#[cfg(test)]
+#[path = "retry_tests.rs"]
+mod tests;

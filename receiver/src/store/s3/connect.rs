@@ -62,9 +62,12 @@ impl S3Store {
             .stalled_stream_protection(
                 StalledStreamProtectionConfig::enabled().upload_enabled(false).grace_period(settings.stall).build(),
             )
-            // The SDK's default (`when_supported`) sends trailing checksums that several compatible servers refuse.
-            // PUTs name their algorithm themselves, see `S3Store::put`.
-            .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
+            // Not `when_required`: with that the SDK (1.157) names the algorithm of a PUT and leaves out the checksum
+            // itself, so that nothing is compared and Object Lock refuses the PUT. What `when_supported` is known to
+            // break are trailing checksums of streams, which several compatible servers do not know. There are none:
+            // every body is in memory, and its checksum a plain header.
+            .request_checksum_calculation(RequestChecksumCalculation::WhenSupported)
+            // Compared where `get` asks for it. Parts of objects have no checksum.
             .response_checksum_validation(ResponseChecksumValidation::WhenRequired)
             // Other servers rarely have a DNS name per bucket.
             .force_path_style(endpoint.is_some());

@@ -28,8 +28,8 @@ impl S3Store {
                 let region = reply.raw().headers().get("x-amz-bucket-region").map(str::to_owned);
                 let said = Said { status, code: code.to_owned(), message: reply.err().message().map(str::to_owned) };
                 let (kind, what) = self.meaning(verb, status, code, region.as_deref());
-                // Damaged on the way: the next attempt sends the same bytes again.
-                let again = matches!(kind, Kind::Unavailable) || kind == Kind::Corrupt && verb != Verb::GetRange;
+                // Damaged on the way: the next attempt sends the same bytes again. An object that is too short stays so.
+                let again = kind == Kind::Unavailable || kind == Kind::Corrupt && status != 416;
                 error_with(kind, what).retryable(again).because(said)
             }
             SdkError::DispatchFailure(failure) => {
@@ -62,11 +62,8 @@ impl S3Store {
             }
             (301 | 307, _)
             | (_, "AuthorizationHeaderMalformed" | "PermanentRedirect" | "IllegalLocationConstraintException") => {
-                let where_to = region.map_or("its region".to_owned(), |region| format!("{region:?}"));
-                (
-                    Kind::Config,
-                    format!("the bucket {bucket} is in another region; put {where_to} into the URL as ?region="),
-                )
+                let region = region.unwrap_or("NAME, with the region's name");
+                (Kind::Config, format!("the bucket {bucket} is in another region; give the URL ?region={region}"))
             }
             (_, "InvalidAccessKeyId" | "NotSignedUp" | "SignatureDoesNotMatch" | "ExpiredToken" | "InvalidToken") => (
                 Kind::Permission,

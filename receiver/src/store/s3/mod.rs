@@ -78,8 +78,8 @@ impl S3Store {
             .bucket(&self.url.bucket)
             .key(self.name(key))
             .content_type("application/octet-stream")
-            // Explicit, because the client's setting adds one only where the API requires it. The server compares,
-            // and Object Lock insists on one. CRC32C is known to all servers, unlike CRC64NVME.
+            // The server compares, and Object Lock insists on one. Explicit, because the SDK's default may change, and
+            // CRC32C because all servers know it.
             .checksum_algorithm(ChecksumAlgorithm::Crc32C)
             .body(ByteStream::from(body))
     }
