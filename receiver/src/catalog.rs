@@ -9,7 +9,7 @@ use backhaul_protocol::digest::ObjectDigest;
 use backhaul_protocol::ids::{GroupId, LogSeq, Name};
 use backhaul_protocol::limits::{CHECKPOINT_INTERVAL, MAX_LOG_RECORD};
 use backhaul_protocol::session::sink::GroupHead;
-use backhaul_protocol::store::checkpoint::{Checkpoint, PointSummary, StoreFormat, read_seq, write_seq};
+use backhaul_protocol::store::checkpoint::{Checkpoint, PointSummary, Sharing, StoreFormat, read_seq, write_seq};
 use backhaul_protocol::store::envelope::Kind as ObjectKind;
 use backhaul_protocol::store::fleet::read_group_name;
 use backhaul_protocol::store::key::{self, GroupKeys};
@@ -105,7 +105,7 @@ impl Catalog {
 
     /// The log of a group.
     pub fn log(&self, group: GroupId) -> GroupLog {
-        GroupLog { store: self.store.clone(), keys: GroupKeys(group) }
+        GroupLog { store: self.store.clone(), keys: GroupKeys(group), sharing: self.format.sharing }
     }
 }
 
@@ -114,6 +114,7 @@ impl Catalog {
 pub struct GroupLog {
     store: Arc<dyn ObjectStore>,
     keys: GroupKeys,
+    sharing: Sharing,
 }
 
 /// How an append ended.
@@ -302,6 +303,13 @@ impl GroupLog {
     pub async fn append(&self, record: &Record) -> Result<(Appended, ObjectDigest, usize), ReadError> {
         let bytes = Bytes::from(record.to_bytes());
         let (hash, len) = (Record::hash(&bytes), bytes.len());
+        // A store that does not enforce the condition would overwrite: the only receiver looks first.
+        if self.sharing == Sharing::OneReceiver {
+            if let Some((theirs, found)) = self.read(record.seq).await? {
+                let ours = theirs.commit == record.commit;
+                return Ok((if ours { Appended::Ours } else { Appended::Theirs(Box::new(theirs)) }, found, len));
+            }
+        }
         match self.store.put_new(&self.keys.log(record.seq), bytes).await {
             Ok(()) => {}
             Err(e) if e.kind() == Kind::Exists => {

@@ -5,9 +5,12 @@
 
 pub mod access;
 pub mod catalog;
+pub mod cmd;
+pub mod config;
 pub mod draft;
 pub mod fold;
 pub mod ingest;
+pub mod keys;
 pub mod plan;
 pub mod random;
 pub mod read_error;

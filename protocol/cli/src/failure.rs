@@ -80,9 +80,18 @@ impl std::fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// The exit code and id of any error, found in its chain of causes.
-pub fn classify(error: &anyhow::Error) -> (Exit, &'static str, Option<String>) {
+/// What an error means: exit code, id, what to type next.
+pub type Meaning = (Exit, &'static str, Option<String>);
+
+/// Knows the errors of one program: what a cause means, if it is one of them.
+pub type Classifier = fn(&(dyn std::error::Error + 'static)) -> Option<Meaning>;
+
+/// The meaning of any error, found in its chain of causes.
+pub fn classify(error: &anyhow::Error, own: Classifier) -> Meaning {
     for cause in error.chain() {
+        if let Some(meaning) = own(cause) {
+            return meaning;
+        }
         if let Some(f) = cause.downcast_ref::<Failure>() {
             return (f.exit, f.code, f.next.clone());
         }
@@ -99,7 +108,8 @@ pub fn classify(error: &anyhow::Error) -> (Exit, &'static str, Option<String>) {
     (Exit::Failure, "E_FAILURE", None)
 }
 
-fn of_reason(reason: Reason) -> (Exit, &'static str) {
+/// What a refusal means.
+pub fn of_reason(reason: Reason) -> (Exit, &'static str) {
     match reason {
         Reason::Protocol => (Exit::Failure, "E_PROTO"),
         Reason::Denied => (Exit::Authentication, "E_DENIED"),

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-pub use failure::{Exit, Failure, classify};
+pub use failure::{Classifier, Exit, Failure, Meaning, classify, of_reason};
 pub use output::Output;
 pub use progress::{Phase, Progress};
 
@@ -38,12 +38,12 @@ pub struct CommonArgs {
 
 /// Runs a command to its exit code: sets up logs, prints the error if there is one. `command` is given the output and
 /// runs on a runtime that ends with an interrupt (SIGINT: exit 130), unless it handles that itself.
-pub fn run<F>(common: &CommonArgs, command: impl FnOnce(Output) -> F) -> ExitCode
+pub fn run<F>(common: &CommonArgs, own_errors: Classifier, command: impl FnOnce(Output) -> F) -> ExitCode
 where
     F: Future<Output = anyhow::Result<Exit>>,
 {
     init_logs(common);
-    let output = Output::new(common.json, common.quiet);
+    let output = Output::new(common.json, common.quiet, own_errors);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return output.failure(&anyhow::Error::from(e).context("can't start")).into(),

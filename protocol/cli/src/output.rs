@@ -5,7 +5,7 @@ use std::io::Write;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::failure::{Exit, classify};
+use crate::failure::{Classifier, Exit, classify};
 use crate::progress::Progress;
 
 /// Where results go.
@@ -13,12 +13,13 @@ use crate::progress::Progress;
 pub struct Output {
     json: bool,
     quiet: bool,
+    own_errors: Classifier,
 }
 
 impl Output {
-    /// Text, or one JSON object.
-    pub fn new(json: bool, quiet: bool) -> Self {
-        Self { json, quiet }
+    /// Text, or one JSON object; `own_errors` knows the program's errors.
+    pub fn new(json: bool, quiet: bool, own_errors: Classifier) -> Self {
+        Self { json, quiet, own_errors }
     }
 
     /// Whether JSON is wanted.
@@ -41,7 +42,7 @@ impl Output {
 
     /// Prints an error, with what to type next, and gives its exit code.
     pub fn failure(&self, error: &anyhow::Error) -> Exit {
-        let (exit, code, next) = classify(error);
+        let (exit, code, next) = classify(error, self.own_errors);
         let message = whole_chain(error);
         if self.json {
             let error = json!({ "code": code, "message": message, "next": next });

@@ -1,0 +1,48 @@
+//! `serve`: runs a receiver until SIGTERM.
+
+use std::net::SocketAddr;
+
+use backhaul_cli::{Exit, Output};
+use backhaul_volume::durable;
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use super::Context;
+use crate::server::Server;
+
+/// Options of `serve`.
+#[derive(Args, Clone, Debug)]
+pub struct ServeArgs {
+    /// Address to listen on; port 0 takes any free one
+    #[arg(long, env = "BACKHAUL_LISTEN", value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
+}
+
+/// Runs the command.
+pub async fn run(args: ServeArgs, ctx: &Context, _out: Output) -> anyhow::Result<Exit> {
+    let authority = ctx.authority()?;
+    let _lock = durable::lock(&ctx.config.state.join("lock"))?;
+    let catalog = ctx.catalog().await?;
+    let mut settings = ctx.config.server.clone();
+    settings.listen = args.listen.unwrap_or(settings.listen);
+    let server = Server::bind(catalog, authority, settings)?;
+    // Handlers before the line that says so: who reads it may send a signal at once.
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (stop, stopped) = watch::channel(false);
+    let local = server.local_addr()?;
+    {
+        use std::io::Write;
+        let mut stdout = std::io::stdout().lock();
+        writeln!(stdout, "listening on {local}")?;
+        stdout.flush()?;
+    }
+    let running = tokio::spawn(server.run(stopped));
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+    let _ = stop.send(true);
+    running.await?;
+    Ok(Exit::Done)
+}
