@@ -1,1 +1,13 @@
-//! Placeholder
+//! The agent: finds changed blocks and sends them to a receiver.
+//!
+//! Read first: [`replicate`] (a round from `Open` to `Committed`), [`pipeline`] and [`state`].
+
+pub mod cmd;
+pub mod config;
+pub mod connection;
+pub mod pipeline;
+pub mod protect;
+pub mod replicate;
+pub mod state;
+pub mod status;
+pub mod tracker;

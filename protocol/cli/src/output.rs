@@ -61,6 +61,13 @@ impl Output {
         let _ = writeln!(std::io::stderr().lock(), "warning: {text}");
     }
 
+    /// The same, without progress.
+    #[must_use]
+    pub fn quieted(mut self) -> Self {
+        self.quiet = true;
+        self
+    }
+
     /// Progress on standard error, in so many phases.
     pub fn progress(&self, phases: usize) -> Progress {
         Progress::new(phases, self.quiet)

@@ -1,0 +1,81 @@
+//! One command, one file.
+
+pub mod check;
+pub mod join;
+pub mod protect;
+pub mod restore;
+pub mod run;
+pub mod status;
+pub mod sync;
+
+use backhaul_cli::{Exit, Meaning};
+
+use crate::config::Config;
+use crate::connection::SessionError;
+use crate::protect::ProtectError;
+use crate::replicate::RoundError;
+use crate::state::{StateDir, StateError};
+
+/// What every command is given.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// What is meant by flags, environment and file.
+    pub config: Config,
+}
+
+impl Context {
+    /// The state folder.
+    pub fn state(&self) -> StateDir {
+        StateDir::new(&self.config.state)
+    }
+}
+
+/// What the agent's own errors mean to the shell.
+pub fn meaning(cause: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
+    if let Some(error) = cause.downcast_ref::<StateError>() {
+        return Some(match error {
+            StateError::NotJoined(_) => {
+                let next = "on the receiver: backhaul-receiver token --group NAME; here: backhaul-agent join -";
+                (Exit::Config, "E_NOT_JOINED", Some(next.into()))
+            }
+            StateError::Locked(_) => (Exit::Busy, "E_BUSY", None),
+            StateError::Write(e) => {
+                let full = std::error::Error::source(e).and_then(|s| s.downcast_ref::<std::io::Error>());
+                let full = full.is_some_and(|e| e.kind() == std::io::ErrorKind::StorageFull);
+                if full { (Exit::NoSpace, "E_NOSPACE", None) } else { (Exit::Config, "E_STATE_DIR", None) }
+            }
+            _ => (Exit::Config, "E_STATE_DIR", None),
+        });
+    }
+    if let Some(error) = cause.downcast_ref::<ProtectError>() {
+        return match error {
+            ProtectError::Changed { name, path, .. } => {
+                let next = format!("if this is meant: backhaul-agent protect {name}={}", path.display());
+                Some((Exit::Refused, "E_VOLUME", Some(next)))
+            }
+            ProtectError::Refused(_) | ProtectError::Geometry { .. } => Some((Exit::Usage, "E_VOLUME", None)),
+            ProtectError::Volume { source, .. } => Some(of_volume(source)),
+            ProtectError::State(e) => meaning(e),
+        };
+    }
+    if let Some(error) = cause.downcast_ref::<RoundError>() {
+        return match error {
+            RoundError::State(e) => meaning(e),
+            RoundError::Session(e) => meaning(e),
+            RoundError::Volume { source, .. } => Some(of_volume(source)),
+            _ => None,
+        };
+    }
+    match cause.downcast_ref::<SessionError>()? {
+        SessionError::State(e) => meaning(e),
+        // Their meaning is known to all programs: the chain goes on with them.
+        SessionError::Transport(_) | SessionError::Source(_) => None,
+    }
+}
+
+fn of_volume(error: &backhaul_volume::VolumeError) -> Meaning {
+    let missing = std::error::Error::source(error)
+        .and_then(|s| s.downcast_ref::<std::io::Error>())
+        .is_some_and(|e| e.kind() == std::io::ErrorKind::NotFound);
+    (if missing { Exit::NotFound } else { Exit::Failure }, "E_SOURCE", None)
+}

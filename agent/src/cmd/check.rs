@@ -1,0 +1,51 @@
+//! `config check`: whether the settings are right, and what they mean.
+
+use backhaul_cli::{Exit, Output, text};
+use clap::Subcommand;
+use serde::Serialize;
+
+use super::Context;
+
+/// What to do with settings.
+#[derive(Subcommand, Clone, Debug)]
+pub enum ConfigCommand {
+    /// Check the settings and print what they mean
+    Check,
+}
+
+#[derive(Serialize)]
+struct Meant {
+    state: String,
+    receiver: Option<String>,
+    every_seconds: f64,
+    threads: usize,
+    compression: i32,
+    block_size: u32,
+    machine_id_file: String,
+}
+
+/// Runs the command: the settings were read already.
+pub fn run(ctx: &Context, out: &Output) -> Exit {
+    let c = &ctx.config;
+    let meant = Meant {
+        state: c.state.display().to_string(),
+        receiver: c.receiver.clone(),
+        every_seconds: c.every.as_secs_f64(),
+        threads: c.threads,
+        compression: c.compression,
+        block_size: c.block_size,
+        machine_id_file: c.machine_id_file.display().to_string(),
+    };
+    let text = format!(
+        "settings are right\nstate {}\nreceiver {}\nevery {}\nthreads {}\ncompression {}\nblock_size {}\nmachine_id_file {}",
+        meant.state,
+        meant.receiver.as_deref().unwrap_or("(as the join token said)"),
+        text::duration(c.every),
+        meant.threads,
+        meant.compression,
+        text::bytes(u64::from(meant.block_size)),
+        meant.machine_id_file
+    );
+    out.result("backhaul.config/1", &meant, &text);
+    Exit::Done
+}

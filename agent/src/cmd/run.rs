@@ -1,0 +1,173 @@
+//! `run`: the service. A round at every interval, a point when something changed and at least every hour.
+
+use std::time::{Duration, Instant};
+
+use backhaul_cli::{Exit, Failure, Output, text};
+use backhaul_protocol::ids::LogSeq;
+use backhaul_protocol::store::log::UnixMillis;
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::Context;
+use crate::connection::{Session, connect};
+use crate::protect;
+use crate::replicate::{CommitWhen, Round, RoundError, RoundReport};
+use crate::state::{Joined, StateDir, machine_id};
+use crate::status::{RunState, StatusServer};
+
+/// A point is committed at least this often, though nothing changed.
+const AT_LEAST: Duration = Duration::from_secs(3600);
+/// The longest wait between two attempts.
+const MAX_BACKOFF: Duration = Duration::from_secs(60);
+
+/// Options of `run`.
+#[derive(Args, Clone, Debug)]
+pub struct RunArgs {
+    /// How often to make a point
+    #[arg(long, value_parser = text::parse_duration, value_name = "TIME")]
+    pub every: Option<Duration>,
+}
+
+/// Runs the command until SIGTERM or SIGINT.
+pub async fn run(args: RunArgs, ctx: &Context, out: Output) -> anyhow::Result<Exit> {
+    let state = ctx.state();
+    let joined = state.expect_joined()?;
+    let _lock = state.lock()?;
+    let every = args.every.unwrap_or(ctx.config.every);
+    if every < Duration::from_secs(1) {
+        return Err(Failure::new(Exit::Usage, "E_USAGE", "--every wants at least 1s").into());
+    }
+    let status = StatusServer::start(&state)?;
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut service = Service {
+        ctx,
+        state: &state,
+        joined: &joined,
+        out: &out,
+        session: None,
+        last_commit: None,
+        failures: 0,
+        status: &status,
+    };
+    loop {
+        let begun = Instant::now();
+        let wait = tokio::select! {
+            biased;
+            _ = term.recv() => break,
+            _ = int.recv() => break,
+            wait = service.round(every) => wait?,
+        };
+        tokio::select! {
+            biased;
+            _ = term.recv() => break,
+            _ = int.recv() => break,
+            () = tokio::time::sleep(wait.saturating_sub(begun.elapsed())) => {}
+        }
+    }
+    if let Some(session) = service.session.take() {
+        session.close().await;
+    }
+    Ok(Exit::Done)
+}
+
+struct Service<'a> {
+    ctx: &'a Context,
+    state: &'a StateDir,
+    joined: &'a Joined,
+    out: &'a Output,
+    session: Option<Session>,
+    last_commit: Option<Instant>,
+    failures: u32,
+    status: &'a StatusServer,
+}
+
+impl Service<'_> {
+    /// One round; gives how long after its beginning the next one begins. Only what a person must mend is an error.
+    async fn round(&mut self, every: Duration) -> anyhow::Result<Duration> {
+        match self.try_round().await {
+            Ok(report) => {
+                self.failures = 0;
+                if report.committed.is_some() {
+                    self.last_commit = Some(Instant::now());
+                }
+                self.note(&report);
+                Ok(every)
+            }
+            Err(error) => {
+                self.session = None;
+                self.failures += 1;
+                let retryable = error.downcast_ref::<RoundError>().is_none_or(RoundError::is_retryable);
+                let (state, backoff) = if retryable {
+                    let doubled = Duration::from_millis(500) * 2u32.saturating_pow(self.failures.min(8));
+                    (RunState::Disconnected, jitter(doubled.min(MAX_BACKOFF)))
+                } else {
+                    (RunState::Stalled, MAX_BACKOFF)
+                };
+                let text = format!("{error:#}");
+                self.out.warn(&format!("{text}; trying again in {}", text::duration(backoff)));
+                self.status.failed(state, text);
+                Ok(backoff)
+            }
+        }
+    }
+
+    async fn try_round(&mut self) -> anyhow::Result<RoundReport> {
+        let (volumes, said) = protect::refresh(self.state)?;
+        if self.last_commit.is_none() {
+            said.iter().for_each(|s| self.out.warn(s));
+        }
+        if volumes.is_empty() {
+            anyhow::bail!("nothing is protected: backhaul-agent protect NAME=PATH");
+        }
+        let mut session = match self.session.take() {
+            Some(session) => session,
+            None => {
+                let connecting = connect(self.state, self.joined, self.ctx.config.receiver.as_deref());
+                Session::new(connecting.await.map_err(RoundError::from)?)
+            }
+        };
+        let due = self.last_commit.is_none_or(|t| t.elapsed() >= AT_LEAST);
+        let total = volumes.iter().map(|v| v.geometry.length()).sum();
+        let round = Round {
+            state: self.state,
+            joined: self.joined,
+            machine: machine_id(&self.ctx.config.machine_id_file),
+            volumes: &volumes,
+            threads: self.ctx.config.threads,
+            level: self.ctx.config.compression,
+            when: if due { CommitWhen::Always } else { CommitWhen::Changed },
+            progress: Output::progress(&self.quiet(), 1).phase("scan and send", total),
+        };
+        let report = round.run(&mut session).await?;
+        self.session = Some(session);
+        Ok(report)
+    }
+
+    /// A service draws no bars.
+    fn quiet(&self) -> Output {
+        self.out.clone().quieted()
+    }
+
+    fn note(&self, report: &RoundReport) {
+        if let Some(committed) = report.committed {
+            tracing::info!(
+                point = committed.seq.0,
+                consistency = %report.consistency,
+                sent = report.bytes_sent,
+                seconds = report.took.as_secs_f64(),
+                "point"
+            );
+            for caveat in &report.caveats {
+                tracing::warn!(point = committed.seq.0, "{caveat}");
+            }
+        }
+        let point: Option<(LogSeq, UnixMillis)> = Some((report.head, report.capture_start));
+        self.status.succeeded(point, report);
+    }
+}
+
+/// Between half and all of it, so that many agents do not come back at the same moment.
+fn jitter(d: Duration) -> Duration {
+    let random = uuid::Uuid::new_v4().as_u128() as u32;
+    d / 2 + d.mul_f64(f64::from(random) / f64::from(u32::MAX) / 2.0)
+}

@@ -1,0 +1,234 @@
+//! A connection to the receiver: found, authenticated, its certificate renewed in time.
+//!
+//! Read first: [`connect`] and [`Session`].
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant, SystemTime};
+
+use backhaul_protocol::session::source::{Source, SourceError, SourceOutput};
+use backhaul_protocol::store::log::UnixMillis;
+use backhaul_protocol::wire::message::{AgentMessage, CloseCode, ReceiverMessage};
+use backhaul_transport::authority::AGENT_LIFE;
+use backhaul_transport::control::{self, ControlReceiver, ControlSender};
+use backhaul_transport::endpoint::{Endpoint, Windows};
+use backhaul_transport::error::TransportError;
+use backhaul_transport::tls::{ReceiverTrust, TlsError, agent_identity, client_config};
+use tokio::sync::mpsc;
+
+use crate::state::{Joined, StateDir, StateError};
+
+/// How long an answer of the receiver may take: longer than its store layer tries.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How a session fails.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The connection.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The receiver said no, or something wrong, or nothing.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The state folder.
+    #[error(transparent)]
+    State(#[from] StateError),
+}
+
+impl From<TlsError> for SessionError {
+    fn from(error: TlsError) -> Self {
+        Self::Transport(error.into())
+    }
+}
+
+impl SessionError {
+    /// Whether connecting again may help without anybody doing anything.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Transport(e) => e.is_retryable(),
+            Self::Source(e) => e.is_retryable(),
+            Self::State(e) => e.is_retryable(),
+        }
+    }
+}
+
+/// The first IP address of HOST:PORT.
+pub async fn resolve(address: &str) -> Result<SocketAddr, TransportError> {
+    let failed = |cause| TransportError::Resolve { address: address.to_owned(), cause };
+    let mut found = tokio::net::lookup_host(address).await.map_err(failed)?;
+    found.next().ok_or_else(|| failed(std::io::Error::other("it has no address")))
+}
+
+/// The clock, as messages have it.
+pub fn unix_millis() -> UnixMillis {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    UnixMillis(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+}
+
+/// An authenticated connection, its control stream greeted.
+pub struct Connected {
+    /// Keeps the connection's thread.
+    pub endpoint: Endpoint,
+    /// Block streams go here.
+    pub connection: quinn::Connection,
+    /// Messages go out here.
+    pub sender: ControlSender<AgentMessage>,
+    /// Messages come in here.
+    pub receiver: ControlReceiver<ReceiverMessage>,
+}
+
+/// Connects as the agent that joined. Renews the certificate where two thirds of its life are over.
+pub async fn connect(state: &StateDir, joined: &Joined, address: Option<&str>) -> Result<Connected, SessionError> {
+    let mut connected = connect_once(state, address.unwrap_or(&joined.receiver)).await?;
+    let chain = state.chain()?;
+    let identity = agent_identity(&chain[0])?;
+    let left = identity.not_after.0.saturating_sub(unix_millis().0);
+    if left < AGENT_LIFE.as_millis() as i64 / 3 {
+        let expired = left <= 0;
+        match renew(state, &mut connected).await {
+            Ok(()) if expired => {
+                connected.endpoint.close(CloseCode::Done, "").await;
+                connected = connect_once(state, address.unwrap_or(&joined.receiver)).await?;
+            }
+            Ok(()) => {}
+            Err(error) if expired => return Err(error),
+            Err(error) => tracing::warn!(%error, "could not renew the certificate; tried again at the next connection"),
+        }
+    }
+    Ok(connected)
+}
+
+async fn connect_once(state: &StateDir, address: &str) -> Result<Connected, SessionError> {
+    let chain = state.chain()?;
+    let key = state.ensure_key()?;
+    let authority = chain.last().cloned().ok_or(TlsError::NotAnAgent)?;
+    // Only the own certificate is sent: the receiver has the authority's.
+    let tls = client_config(ReceiverTrust::Authority(authority), Some((chain[..1].to_vec(), &key)))?;
+    let address = resolve(address).await?;
+    let endpoint = Endpoint::client(address)?;
+    let connection = endpoint.connect(address, tls, Windows::BLOCKS).await?;
+    let (sender, receiver) = greet(&connection).await?;
+    Ok(Connected { endpoint, connection, sender, receiver })
+}
+
+/// Greets; where the connection was closed meanwhile, the reason of that is the error.
+pub async fn greet(
+    connection: &quinn::Connection,
+) -> Result<(ControlSender<AgentMessage>, ControlReceiver<ReceiverMessage>), TransportError> {
+    match control::greet(connection).await {
+        Ok(streams) => Ok(streams),
+        Err(error) => Err(connection.close_reason().map_or(error, TransportError::from)),
+    }
+}
+
+async fn renew(state: &StateDir, connected: &mut Connected) -> Result<(), SessionError> {
+    let request = state.ensure_key()?.request()?;
+    connected.sender.send(&AgentMessage::Renew { request }).await?;
+    match connected.receiver.receive().await? {
+        Some(ReceiverMessage::Renewed { certificates }) => Ok(state.write_chain(&certificates)?),
+        Some(ReceiverMessage::Refused(refusal)) => Err(SourceError::Refused(refusal).into()),
+        _ => Err(SourceError::Protocol("no answer to `Renew`").into()),
+    }
+}
+
+/// The writing session: the state machine, its messages, its clock.
+pub struct Session {
+    endpoint: Endpoint,
+    /// Block streams go here.
+    pub connection: quinn::Connection,
+    sender: ControlSender<AgentMessage>,
+    inbox: mpsc::Receiver<Result<Option<ReceiverMessage>, TransportError>>,
+    machine: Source,
+    ready: VecDeque<SourceOutput>,
+    started: Instant,
+}
+
+impl Session {
+    /// From a connection.
+    pub fn new(connected: Connected) -> Self {
+        let Connected { endpoint, connection, sender, mut receiver } = connected;
+        let (forward, inbox) = mpsc::channel(64);
+        // A task of its own: receiving must not be cut off in the middle of a message.
+        tokio::spawn(async move {
+            loop {
+                let message = receiver.receive().await;
+                let last = !matches!(message, Ok(Some(_)));
+                if forward.send(message).await.is_err() || last {
+                    break;
+                }
+            }
+        });
+        Self {
+            endpoint,
+            connection,
+            sender,
+            inbox,
+            machine: Source::new(PATIENCE),
+            ready: VecDeque::new(),
+            started: Instant::now(),
+        }
+    }
+
+    /// The machine, and what time it is for it.
+    pub fn machine(&mut self) -> (&mut Source, Duration) {
+        (&mut self.machine, self.started.elapsed())
+    }
+
+    /// A message that is no question.
+    pub async fn tell(&mut self, message: &AgentMessage) -> Result<(), SessionError> {
+        Ok(self.sender.send(message).await?)
+    }
+
+    /// Sends what the machine wants sent. Not cancel safe.
+    pub async fn send_pending(&mut self) -> Result<(), SessionError> {
+        while let Some(output) = self.machine.poll_output() {
+            match output {
+                SourceOutput::Send(message) => self.sender.send(&message).await?,
+                other => self.ready.push_back(other),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the next thing to know. Cancel safe after [`Self::send_pending`].
+    pub async fn next(&mut self) -> Result<SourceOutput, SessionError> {
+        loop {
+            self.send_pending().await?;
+            match self.ready.pop_front() {
+                Some(SourceOutput::Failed(error)) => return Err(error.into()),
+                Some(output) => return Ok(output),
+                None => {}
+            }
+            let deadline = self.machine.poll_timeout().map(|d| self.started + d);
+            let timeout = async {
+                match deadline {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                message = self.inbox.recv() => match message {
+                    Some(Ok(Some(message))) => self.machine.handle_message(self.started.elapsed(), message),
+                    Some(Err(error)) => return Err(error.into()),
+                    Some(Ok(None)) | None => return Err(self.lost().into()),
+                },
+                () = timeout => self.machine.handle_timeout(self.started.elapsed()),
+            }
+        }
+    }
+
+    /// Why the connection is gone.
+    pub fn lost(&self) -> TransportError {
+        match self.connection.close_reason() {
+            Some(reason) => reason.into(),
+            None => TransportError::Stream("the receiver ended the session".into()),
+        }
+    }
+
+    /// Says goodbye.
+    pub async fn close(mut self) {
+        self.sender.finish();
+        self.endpoint.close(CloseCode::Done, "").await;
+    }
+}

@@ -1,0 +1,356 @@
+//! The agent's state folder: who it is, what it protects, what it may write next.
+//!
+//! Read first: [`StateDir`]. Every file is replaced whole (temporary file, fsync, rename), so that a power loss leaves
+//! the old or the new one. None of it is needed for truth: the receiver's log is the truth.
+//!
+//! | file | what |
+//! |---|---|
+//! | `identity.json` | who the agent is and where its receiver is, since it joined |
+//! | `agent.key`, `agent.crt` | key (PEM, 0600); certificate chain (DER with lengths), the authority's last |
+//! | `volumes.json` | what is protected |
+//! | `writer.json` | nonces and the newest commits |
+//! | `index/` | digests of blocks, see [`crate::tracker::hash_index`] |
+//! | `lock` | held by `sync` or `run` |
+
+use std::path::{Path, PathBuf};
+
+use backhaul_protocol::geometry::Geometry;
+use backhaul_protocol::ids::{AgentId, CommitId, GroupId, Incarnation, LogSeq, Name, StateId, VolumeId, WriterNonce};
+use backhaul_protocol::store::fleet::AgentRole;
+use backhaul_transport::authority::AgentKey;
+use backhaul_transport::tls::TlsError;
+use backhaul_volume::Identity;
+use backhaul_volume::durable::{self, DurableError, Lock, LockError};
+use rustls_pki_types::CertificateDer;
+use serde::{Deserialize, Serialize};
+
+/// How the state folder fails.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Never joined.
+    #[error("this agent has not joined a group ({} does not exist)", .0.display())]
+    NotJoined(PathBuf),
+    /// A file can't be read or is not what it should be.
+    #[error("{}: {what}", path.display())]
+    Unusable {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// A file can't be written.
+    #[error(transparent)]
+    Write(#[from] DurableError),
+    /// The folder can't be made.
+    #[error("can't make the state folder {}: {source}", path.display())]
+    Folder {
+        /// Which folder.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// `sync` or `run` is at work already.
+    #[error("another `sync` or `run` uses this state folder: {0}")]
+    Locked(#[from] LockError),
+    /// The key is not usable.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+impl StateError {
+    /// Whether trying again may help without anybody doing anything.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::Locked(e) if e.is_retryable())
+    }
+}
+
+/// Who the agent is since it joined.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct JoinedIdentity {
+    agent: String,
+    group: String,
+    /// The group's name.
+    pub group_name: String,
+    restore_only: bool,
+    /// Where the receiver is.
+    pub receiver: String,
+    state: String,
+}
+
+/// The same with the types that it is used with.
+#[derive(Clone, Debug)]
+pub struct Joined {
+    /// Own id.
+    pub agent: AgentId,
+    /// The group.
+    pub group: GroupId,
+    /// Its name.
+    pub group_name: Name,
+    /// What this agent may do.
+    pub role: AgentRole,
+    /// Where the receiver is.
+    pub receiver: String,
+    /// This state folder.
+    pub state: StateId,
+}
+
+/// A protected volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProtectedVolume {
+    /// For good.
+    pub id: VolumeId,
+    /// What the user calls it.
+    pub name: Name,
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it was known by when it was last looked at.
+    pub identity: Identity,
+    /// How often identity or size changed.
+    pub incarnation: Incarnation,
+    /// Block size and length.
+    pub geometry: Geometry,
+}
+
+#[derive(Serialize, Deserialize)]
+struct VolumeFile {
+    id: String,
+    name: String,
+    path: PathBuf,
+    identity: String,
+    incarnation: u32,
+    block_size: u32,
+    length: u64,
+}
+
+/// What the writer must remember.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WriterState {
+    /// Nonce of the newest commit that is known to exist.
+    pub nonce: Option<WriterNonce>,
+    /// A commit that was asked for, and whose answer is not known to have come.
+    pub pending: Option<(CommitId, WriterNonce)>,
+    /// The newest point that was seen committed.
+    pub high_water: LogSeq,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+struct WriterFile {
+    nonce: Option<String>,
+    pending_commit: Option<String>,
+    pending_nonce: Option<String>,
+    high_water: u64,
+}
+
+/// The folder.
+#[derive(Clone, Debug)]
+pub struct StateDir {
+    path: PathBuf,
+}
+
+impl StateDir {
+    /// At this path; nothing is touched yet.
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
+    /// Makes the folder, for this user only.
+    pub fn create(&self) -> Result<(), StateError> {
+        let failed = |source| StateError::Folder { path: self.path.clone(), source };
+        std::fs::create_dir_all(self.path.join("index")).map_err(failed)?;
+        let private: std::fs::Permissions = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+        std::fs::set_permissions(&self.path, private).map_err(failed)
+    }
+
+    /// The folder's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the indexes are.
+    pub fn index_dir(&self) -> PathBuf {
+        self.path.join("index")
+    }
+
+    /// Only one `sync` or `run` at a time.
+    pub fn lock(&self) -> Result<Lock, StateError> {
+        Ok(durable::lock(&self.path.join("lock"))?)
+    }
+
+    fn unusable(&self, name: &str, what: impl std::fmt::Display) -> StateError {
+        StateError::Unusable { path: self.path.join(name), what: what.to_string() }
+    }
+
+    fn read_optional(&self, name: &str) -> Result<Option<Vec<u8>>, StateError> {
+        match std::fs::read(self.path.join(name)) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(self.unusable(name, e)),
+        }
+    }
+
+    fn read_json<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {
+        let Some(bytes) = self.read_optional(name)? else { return Ok(None) };
+        serde_json::from_slice(&bytes).map(Some).map_err(|e| self.unusable(name, e))
+    }
+
+    fn write_json<T: Serialize>(&self, name: &str, value: &T) -> Result<(), StateError> {
+        let bytes = serde_json::to_vec_pretty(value).map_err(|e| self.unusable(name, e))?;
+        Ok(durable::replace(&self.path.join(name), &bytes, 0o600)?)
+    }
+
+    /// Who the agent is; `None` if it never joined.
+    pub fn joined(&self) -> Result<Option<Joined>, StateError> {
+        let name = "identity.json";
+        let Some(file) = self.read_json::<JoinedIdentity>(name)? else { return Ok(None) };
+        let wrong = |e: backhaul_protocol::ids::IdError| self.unusable(name, e);
+        Ok(Some(Joined {
+            agent: file.agent.parse().map_err(wrong)?,
+            group: file.group.parse().map_err(wrong)?,
+            group_name: file.group_name.parse().map_err(wrong)?,
+            role: if file.restore_only { AgentRole::RestoreOnly } else { AgentRole::Writer },
+            receiver: file.receiver,
+            state: file.state.parse().map_err(wrong)?,
+        }))
+    }
+
+    /// Who the agent is.
+    pub fn expect_joined(&self) -> Result<Joined, StateError> {
+        self.joined()?.ok_or_else(|| StateError::NotJoined(self.path.join("identity.json")))
+    }
+
+    /// Writes down what joining gave; the last of its files is the one that counts.
+    pub fn write_joined(&self, joined: &Joined, chain: &[Vec<u8>]) -> Result<(), StateError> {
+        self.write_chain(chain)?;
+        let file = JoinedIdentity {
+            agent: joined.agent.to_string(),
+            group: joined.group.to_string(),
+            group_name: joined.group_name.to_string(),
+            restore_only: joined.role == AgentRole::RestoreOnly,
+            receiver: joined.receiver.clone(),
+            state: joined.state.to_string(),
+        };
+        self.write_json("identity.json", &file)
+    }
+
+    /// The certificate chain, own first, the authority's last.
+    pub fn chain(&self) -> Result<Vec<CertificateDer<'static>>, StateError> {
+        let name = "agent.crt";
+        let bytes = self.read_optional(name)?.ok_or_else(|| self.unusable(name, "it is missing: join again"))?;
+        let mut chain = Vec::new();
+        let mut rest = &bytes[..];
+        while let Some((len, tail)) = rest.split_first_chunk::<4>() {
+            let (der, tail) = tail
+                .split_at_checked(u32::from_le_bytes(*len) as usize)
+                .ok_or_else(|| self.unusable(name, "it is damaged: join again"))?;
+            chain.push(CertificateDer::from(der.to_vec()));
+            rest = tail;
+        }
+        if chain.len() < 2 || !rest.is_empty() {
+            return Err(self.unusable(name, "it is damaged: join again"));
+        }
+        Ok(chain)
+    }
+
+    /// Replaces the certificate chain.
+    pub fn write_chain(&self, chain: &[Vec<u8>]) -> Result<(), StateError> {
+        let mut bytes = Vec::new();
+        for der in chain {
+            bytes.extend_from_slice(&(der.len() as u32).to_le_bytes());
+            bytes.extend_from_slice(der);
+        }
+        Ok(durable::replace(&self.path.join("agent.crt"), &bytes, 0o600)?)
+    }
+
+    /// The key, if there is one.
+    pub fn key(&self) -> Result<Option<AgentKey>, StateError> {
+        let name = "agent.key";
+        let Some(bytes) = self.read_optional(name)? else { return Ok(None) };
+        let text = String::from_utf8(bytes).map_err(|e| self.unusable(name, e))?;
+        Ok(Some(AgentKey::from_pem(&text)?))
+    }
+
+    /// The key, made if there is none. It never leaves this folder.
+    pub fn ensure_key(&self) -> Result<AgentKey, StateError> {
+        if let Some(key) = self.key()? {
+            return Ok(key);
+        }
+        let key = AgentKey::generate()?;
+        durable::create_new(&self.path.join("agent.key"), key.to_pem().as_bytes(), 0o600)?;
+        Ok(key)
+    }
+
+    /// What is protected.
+    pub fn volumes(&self) -> Result<Vec<ProtectedVolume>, StateError> {
+        let name = "volumes.json";
+        let files: Vec<VolumeFile> = self.read_json(name)?.unwrap_or_default();
+        files
+            .into_iter()
+            .map(|f| {
+                Ok(ProtectedVolume {
+                    id: f.id.parse().map_err(|e| self.unusable(name, e))?,
+                    name: f.name.parse().map_err(|e| self.unusable(name, e))?,
+                    path: f.path,
+                    identity: f.identity.parse().map_err(|e| self.unusable(name, e))?,
+                    incarnation: Incarnation(f.incarnation),
+                    geometry: Geometry::new(f.block_size, f.length).map_err(|e| self.unusable(name, e))?,
+                })
+            })
+            .collect()
+    }
+
+    /// Replaces the list of what is protected.
+    pub fn write_volumes(&self, volumes: &[ProtectedVolume]) -> Result<(), StateError> {
+        let files: Vec<VolumeFile> = volumes
+            .iter()
+            .map(|v| VolumeFile {
+                id: v.id.to_string(),
+                name: v.name.to_string(),
+                path: v.path.clone(),
+                identity: v.identity.to_string(),
+                incarnation: v.incarnation.0,
+                block_size: v.geometry.block_size(),
+                length: v.geometry.length(),
+            })
+            .collect();
+        self.write_json("volumes.json", &files)
+    }
+
+    /// What the writer must remember. A file that is lost or damaged means a nonce that is not known, and that the
+    /// receiver calls diverged: never a guess.
+    pub fn writer(&self) -> Result<WriterState, StateError> {
+        let name = "writer.json";
+        let Some(f) = self.read_json::<WriterFile>(name)? else { return Ok(WriterState::default()) };
+        let nonce = |text: Option<String>| text.map(|t| t.parse::<WriterNonce>()).transpose();
+        let wrong = |e: backhaul_protocol::ids::IdError| self.unusable(name, e);
+        let commit = f.pending_commit.map(|t| t.parse::<CommitId>()).transpose().map_err(wrong)?;
+        let pending_nonce = nonce(f.pending_nonce).map_err(wrong)?;
+        Ok(WriterState {
+            nonce: nonce(f.nonce).map_err(wrong)?,
+            pending: commit.zip(pending_nonce),
+            high_water: LogSeq(f.high_water),
+        })
+    }
+
+    /// Replaces what the writer must remember.
+    pub fn write_writer(&self, writer: &WriterState) -> Result<(), StateError> {
+        let file = WriterFile {
+            nonce: writer.nonce.map(|n| n.to_string()),
+            pending_commit: writer.pending.map(|(c, _)| c.to_string()),
+            pending_nonce: writer.pending.map(|(_, n)| n.to_string()),
+            high_water: writer.high_water.0,
+        };
+        self.write_json("writer.json", &file)
+    }
+}
+
+/// What tells this machine from its clones, hashed: its machine id, and the board's serial where it can be read.
+pub fn machine_id(file: &Path) -> backhaul_protocol::store::log::MachineId {
+    let mut hasher = blake3::Hasher::new_derive_key("backhaul 2026-11 machine");
+    for path in [file, Path::new("/sys/class/dmi/id/product_uuid")] {
+        // What can't be read counts as empty: the same agent, run the same way, gets the same answer.
+        let text = std::fs::read(path).unwrap_or_default();
+        hasher.update(&(text.len() as u64).to_le_bytes());
+        hasher.update(&text);
+    }
+    backhaul_protocol::store::log::MachineId(*hasher.finalize().as_bytes())
+}

@@ -1,0 +1,3 @@
+//! What changed: the digests of what the receiver has, and where to look.
+
+pub mod hash_index;

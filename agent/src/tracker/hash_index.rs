@@ -1,0 +1,190 @@
+//! The HashIndex: the digest of every block as it was when it was last read. A cache, never believed unseen.
+//!
+//! Read first: [`HashIndex::ranges`] and [`HashIndex::page`].
+//!
+//! One flat file for each volume: 64 bytes of header (`BHIX`, version, block size, length), and from byte 4096 on 32
+//! bytes a block; holes are zero blocks. It is changed in place while a round goes on, without any order or flush. That
+//! is enough, because nothing in it is used before its range digest was found equal to the receiver's: a page that
+//! is torn, old, ahead of what was committed, or of another volume differs from the receiver's and is fetched. An idle
+//! round writes nothing.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::RwLock;
+
+use backhaul_protocol::digest::{BlockDigest, RangeDigest, VolumeDigest, VolumeDigester};
+use backhaul_protocol::geometry::{Geometry, PageIndex};
+use backhaul_protocol::ids::VolumeId;
+use backhaul_volume::mapped::{MapError, MappedFile};
+use rustix::fs::SeekFrom;
+
+const MAGIC: &[u8; 8] = b"BHIX\x01\0\0\0";
+const DIGESTS_START: u64 = 4096;
+
+/// How the index fails. The agent can always go on without one.
+#[derive(Debug, thiserror::Error)]
+pub enum IndexError {
+    /// The file can't be opened, read or written.
+    #[error("index {}: {source}", path.display())]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file can't be mapped.
+    #[error(transparent)]
+    Map(#[from] MapError),
+}
+
+impl IndexError {
+    /// Whether trying again may help: when there is room again.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull)
+    }
+}
+
+/// The index of one volume.
+#[derive(Debug)]
+pub struct HashIndex {
+    path: PathBuf,
+    file: File,
+    map: MappedFile,
+    geometry: Geometry,
+    ranges: RwLock<Vec<RangeDigest>>,
+}
+
+impl HashIndex {
+    /// Opens the index of a volume, or makes an empty one. One of another geometry keeps what still fits.
+    pub fn open(folder: &Path, volume: VolumeId, geometry: Geometry) -> Result<Self, IndexError> {
+        let path = folder.join(volume.to_string());
+        let io = |source| IndexError::Io { path: path.clone(), source };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io)?;
+        let length = DIGESTS_START + geometry.blocks() * 32;
+        let mut header = [0; 64];
+        header[..8].copy_from_slice(MAGIC);
+        header[8..12].copy_from_slice(&geometry.block_size().to_le_bytes());
+        let mut found = [0; 64];
+        let known = file.metadata().map_err(io)?.len() >= DIGESTS_START;
+        if known {
+            file.read_exact_at(&mut found, 0).map_err(io)?;
+        }
+        if found != header {
+            file.set_len(0).map_err(io)?;
+            file.write_all_at(&header, 0).map_err(io)?;
+        }
+        if file.metadata().map_err(io)?.len() != length {
+            file.set_len(length).map_err(io)?;
+        }
+        let map = MappedFile::open(&path)?;
+        let index = Self { path: path.clone(), file, map, geometry, ranges: RwLock::default() };
+        let ranges = index.compute_ranges().map_err(io)?;
+        *index.ranges.write().unwrap_or_else(std::sync::PoisonError::into_inner) = ranges;
+        Ok(index)
+    }
+
+    /// Removes the index of a volume.
+    pub fn remove(folder: &Path, volume: VolumeId) -> std::io::Result<()> {
+        match std::fs::remove_file(folder.join(volume.to_string())) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    fn place(&self, page: PageIndex) -> (u64, usize) {
+        (DIGESTS_START + page.first_block().0 * 32, self.geometry.page_blocks(page) * 32)
+    }
+
+    fn compute_ranges(&self) -> std::io::Result<Vec<RangeDigest>> {
+        let mut ranges = vec![RangeDigest::ZERO; self.geometry.pages() as usize];
+        let mut page = 0;
+        while page < self.geometry.pages() {
+            // Holes are skipped: the index of a large sparse volume is one too.
+            let (at, _) = self.place(PageIndex(page));
+            let data = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+                Ok(data) => data,
+                Err(rustix::io::Errno::NXIO) => break,
+                Err(_) => at,
+            };
+            page = page.max(data.saturating_sub(DIGESTS_START) / 32 / backhaul_protocol::limits::BLOCKS_PER_PAGE);
+            if page >= self.geometry.pages() {
+                break;
+            }
+            ranges[page as usize] = RangeDigest::of(&self.page(PageIndex(page)));
+            page += 1;
+        }
+        Ok(ranges)
+    }
+
+    /// Range digests of all pages, as the index has them.
+    pub fn ranges(&self) -> Vec<RangeDigest> {
+        self.ranges.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    /// The range digest of one page, as the index has it.
+    pub fn range(&self, page: PageIndex) -> RangeDigest {
+        let ranges = self.ranges.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        ranges.get(page.0 as usize).copied().unwrap_or_default()
+    }
+
+    /// The digest of the volume, as the index has it.
+    pub fn volume_digest(&self) -> VolumeDigest {
+        VolumeDigester::of(self.geometry, &self.ranges())
+    }
+
+    /// The digests of a page's blocks.
+    pub fn page(&self, page: PageIndex) -> Vec<BlockDigest> {
+        let (at, len) = self.place(page);
+        let (digests, _) = self.map[at as usize..at as usize + len].as_chunks::<32>();
+        digests.iter().map(|d| BlockDigest(*d)).collect()
+    }
+
+    /// Replaces the digests of a page, where they differ from what is there.
+    pub fn store(&self, page: PageIndex, range: RangeDigest, digests: &[BlockDigest]) -> Result<(), IndexError> {
+        let unchanged = |ranges: &[RangeDigest]| ranges.get(page.0 as usize) == Some(&range);
+        if unchanged(&self.ranges.read().unwrap_or_else(std::sync::PoisonError::into_inner)) {
+            return Ok(());
+        }
+        let (at, len) = self.place(page);
+        debug_assert_eq!(digests.len() * 32, len);
+        let mut bytes = Vec::with_capacity(len);
+        digests.iter().for_each(|d| bytes.extend_from_slice(&d.0));
+        let io = |source| IndexError::Io { path: self.path.clone(), source };
+        self.file.write_all_at(&bytes, at).map_err(io)?;
+        self.ranges.write().unwrap_or_else(std::sync::PoisonError::into_inner)[page.0 as usize] = range;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_index_survives_growth_and_loses_itself_with_another_block_size() {
+        let folder = tempfile::tempdir().expect("temp folder");
+        let id = VolumeId([1; 16]);
+        let small = Geometry::new(65536, 1500 * 65536).expect("legal");
+        let digests: Vec<_> = (0..476).map(|i| BlockDigest([i as u8; 32])).collect();
+        let index = HashIndex::open(folder.path(), id, small).expect("opens");
+        assert_eq!(index.ranges(), [RangeDigest::ZERO; 2]);
+        index.store(PageIndex(1), RangeDigest::of(&digests), &digests).expect("stores");
+        drop(index);
+        let large = Geometry::new(65536, 5000 * 65536).expect("legal");
+        let index = HashIndex::open(folder.path(), id, large).expect("opens");
+        assert_eq!(index.page(PageIndex(1))[..476], digests);
+        assert_eq!(index.ranges()[1], RangeDigest::of(&digests));
+        drop(index);
+        let other = Geometry::new(32768, 5000 * 65536).expect("legal");
+        let index = HashIndex::open(folder.path(), id, other).expect("opens");
+        assert!(index.ranges().iter().all(|r| *r == RangeDigest::ZERO));
+    }
+}
