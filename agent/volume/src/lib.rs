@@ -14,6 +14,7 @@ mod error;
 pub mod identity;
 pub mod mapped;
 pub mod mem;
+pub mod rebuild;
 pub mod scan;
 pub mod source;
 pub mod stability;
