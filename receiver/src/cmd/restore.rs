@@ -1,15 +1,173 @@
-//! `restore`.
+//! `restore`: volumes of a point onto files and devices, straight from the store.
 
-use backhaul_cli::{Exit, Output};
-use clap::Args;
+use backhaul_cli::{Exit, Failure, Output, text};
+use backhaul_protocol::consistency::Consistency;
+use backhaul_protocol::ids::Name;
+use backhaul_protocol::wire::message::PointSpec;
+use backhaul_volume::target::Durability;
+use clap::{Args, ValueEnum};
 
 use super::Context;
+use crate::dry_run::dry_run;
+use crate::fetch::FetchError;
+use crate::rehydrate::RestoreError;
+use crate::restore::{Outcome, Prepared, Request};
+use crate::salvage::{Lost, OnDamage};
+
+/// How the target is read back at the end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Verify {
+    /// Flushed, and read back from the device, past the cache
+    Device,
+    /// Read back through the cache: faster, and a power cut may still lose it
+    Cached,
+}
 
 /// Options of `restore`.
 #[derive(Args, Clone, Debug)]
-pub struct RestoreArgs {}
+pub struct RestoreArgs {
+    /// GROUP, GROUP/VOLUME, either with @POINT: `latest` (default), a number, or a time
+    #[arg(value_name = "GROUP[/VOLUME][@POINT]", value_parser = parse_what)]
+    pub what: What,
+    /// Device or file to restore to; of a group with several volumes NAME=TARGET for each
+    #[arg(long = "to", value_name = "TARGET", required = true)]
+    pub to: Vec<String>,
+    /// How to read back what was written
+    #[arg(long, value_enum, default_value = "device")]
+    pub verify: Verify,
+    /// Serial or name of a device that has content and may be overwritten
+    #[arg(long = "confirm-target", value_name = "NAME_OR_SERIAL")]
+    pub confirm_target: Vec<String>,
+    /// Check everything and print what would be done; write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Restore what can be restored although something in the store is damaged, and list what is lost
+    #[arg(long)]
+    pub salvage: bool,
+}
+
+/// `GROUP[/VOLUME][@POINT]`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct What {
+    /// Which group.
+    pub group: Name,
+    /// Which volume of it.
+    pub volume: Option<Name>,
+    /// Which point.
+    pub point: PointSpec,
+}
+
+/// Takes `GROUP[/VOLUME][@POINT]` apart.
+pub fn parse_what(text: &str) -> Result<What, String> {
+    let (path, point) = text::split_point(text)?;
+    let (group, volume) = match path.split_once('/') {
+        Some((group, volume)) => (group, Some(volume)),
+        None => (path, None),
+    };
+    let name = |text: &str| text.parse::<Name>().map_err(|e| e.to_string());
+    Ok(What { group: name(group)?, volume: volume.map(name).transpose()?, point })
+}
 
 /// Runs the command.
-pub async fn run(_args: RestoreArgs, _ctx: &Context, _out: Output) -> anyhow::Result<Exit> {
-    anyhow::bail!("being built")
+pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Result<Exit> {
+    let request = Request {
+        group: args.what.group,
+        volume: args.what.volume,
+        point: args.what.point,
+        targets: args.to,
+        confirm: args.confirm_target,
+        durability: match args.verify {
+            Verify::Device => Durability::Device,
+            Verify::Cached => Durability::Cached,
+        },
+        on_damage: if args.salvage { OnDamage::Salvage } else { OnDamage::Fail },
+    };
+    let catalog = ctx.catalog().await?;
+    let mut progress = out.progress(if args.dry_run { 2 } else { 4 });
+    let prepared = Prepared::new(catalog, request, &mut progress).await.map_err(failure)?;
+    if prepared.consistency == Consistency::Fuzzy {
+        out.warn(&format!(
+            "point {} is fuzzy: it was read while it may have changed, and a file system in it may need repair",
+            prepared.point
+        ));
+    }
+    if args.dry_run {
+        let plan = dry_run(&prepared, &mut progress).await.map_err(failure)?;
+        out.result("backhaul.restore-plan/1", &plan, &plan.to_string());
+        return Ok(Exit::Done);
+    }
+    let wants_device = args.verify == Verify::Device;
+    let outcome = prepared.run(&mut progress).await.map_err(failure)?;
+    if wants_device && outcome.verified != "device" {
+        out.warn("the target's file system has no device beneath it: what was read back came from memory");
+    }
+    out.result("backhaul.restore/1", &outcome, &describe(&outcome));
+    Ok(if outcome.lost.is_empty() { Exit::Done } else { Exit::Differ })
+}
+
+/// The error with the exit code that is true of it.
+pub(super) fn failure(error: RestoreError) -> anyhow::Error {
+    let text = error.to_string();
+    match error {
+        // Unwrapped, so that what they mean is found by their type.
+        RestoreError::Read(e) | RestoreError::Fetch(FetchError::Read(e)) => e.into(),
+        RestoreError::Target(e) | RestoreError::Fetch(FetchError::Target(e)) => e.into(),
+        RestoreError::Fetch(e) => e.into(),
+        RestoreError::Request(_) => Failure::new(Exit::Usage, "E_USAGE", text).into(),
+        RestoreError::Damaged(_) => Failure::new(Exit::Differ, "E_DAMAGED", text)
+            .next("add --salvage to restore everything else, or restore an earlier point: `points` lists them")
+            .into(),
+        RestoreError::Differs { .. } => Failure::new(Exit::Differ, "E_DIFFER", text)
+            .next("run the restore again; if it differs again, do not trust the target's disk")
+            .into(),
+        RestoreError::Index { .. } => {
+            Failure::new(Exit::Differ, "E_DAMAGED", text).next("restore another point: `points` lists them").into()
+        }
+    }
+}
+
+fn describe(o: &Outcome) -> String {
+    let b = text::bytes;
+    let mut lines = vec![format!("restored {}@{} ({}, {})", o.group, o.point, o.time, o.consistency)];
+    for v in &o.volumes {
+        lines.push(format!("  {} to {}: {}, digest {}", v.name, v.target, b(v.length), v.digest));
+    }
+    lines.push(format!(
+        "  {} read to compare, {} fetched, {} written, {} read back and equal (verified: {}), in {}",
+        b(o.bytes_read),
+        b(o.bytes_fetched),
+        b(o.bytes_written),
+        b(o.bytes_verified),
+        o.verified,
+        text::duration(std::time::Duration::from_secs_f64(o.seconds))
+    ));
+    if !o.lost.is_empty() {
+        lines.push(format!("LOST {} ranges; everything else was restored:", o.lost.len()));
+        lines.extend(o.lost.iter().map(lost_line));
+        for v in &o.volumes {
+            lines.push(format!("  lost blocks of {} on {}: {}", v.name, v.target, v.lost_blocks));
+        }
+    }
+    lines.join("\n")
+}
+
+pub(super) fn lost_line(l: &Lost) -> String {
+    format!("  {} bytes {} to {}: {} ({})", l.volume, l.start, l.end, l.object, l.cause)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use backhaul_protocol::ids::LogSeq;
+
+    #[test]
+    fn what_is_taken_apart() {
+        let what = parse_what("web/root@7").expect("right");
+        assert_eq!((what.group.as_str(), what.point), ("web", PointSpec::Number(LogSeq(7))));
+        assert_eq!(what.volume.map(|v| v.to_string()), Some("root".into()));
+        assert_eq!(parse_what("web").expect("right").point, PointSpec::Latest);
+        for bad in ["", "/", "web/", "/root", "web/a/b", "web@", "Web", "web@x@7"] {
+            assert!(parse_what(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -1,0 +1,431 @@
+//! Restores one volume of a point onto a target: compares, fetches what differs, writes, reads everything back.
+//!
+//! Read first: [`survey`] (before the first write), [`Restoring::write`] and [`Restoring::verify`]. Window by window:
+//! while one is fetched and written the next is compared. Whatever is interrupted is continued by doing it all again.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use backhaul_protocol::digest::{RangeDigest, VolumeDigest, VolumeDigester};
+use backhaul_protocol::geometry::PageIndex;
+use backhaul_protocol::ids::Name;
+use backhaul_protocol::store::entry::Page;
+use backhaul_protocol::store::key::GroupKeys;
+use backhaul_volume::rebuild::{Comparer, Found, block_range, differing_ranges, verify_all};
+use backhaul_volume::target::{Durability, Target, TargetError};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::{JoinHandle, JoinSet};
+
+use crate::fetch::{FetchError, Fetched, Fetcher, Purpose};
+use crate::plan::restore::{Sums, plan_window, window_pages};
+use crate::read_error::ReadError;
+use crate::salvage::{Lost, OnDamage, join_neighbours, page_range};
+use crate::store::ObjectStore;
+use crate::view::{View, ViewVolume};
+
+/// Windows that are compared ahead of the one that is written.
+const AHEAD: usize = 2;
+/// Pages that are looked at closely when the digests differ at the end: enough to say what happened.
+const MAX_EXPLAINED: usize = 64;
+
+/// How a restore fails.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The store can't be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The target can't be read or written.
+    #[error(transparent)]
+    Target(#[from] TargetError),
+    /// Fetching failed as a whole.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// What was asked for makes no sense.
+    #[error("{0}")]
+    Request(String),
+    /// What is needed is damaged or gone.
+    #[error("damaged: {}", crate::salvage::describe(.0))]
+    Damaged(Vec<Lost>),
+    /// What was read back is not what the point holds.
+    #[error(
+        "volume {volume}: what was read back from the target differs from the point at {}",
+        crate::salvage::describe_ranges(.ranges)
+    )]
+    Differs {
+        /// Which volume.
+        volume: Name,
+        /// Where, in bytes; as far as it was looked at.
+        ranges: Vec<Range<u64>>,
+    },
+    /// The point's own index does not add up to the digest that it states.
+    #[error("volume {volume}: the index of the point has digest {found}, and the point states {stated}")]
+    Index {
+        /// Which volume.
+        volume: Name,
+        /// What the index adds up to.
+        found: VolumeDigest,
+        /// What the agent stated.
+        stated: VolumeDigest,
+    },
+}
+
+impl RestoreError {
+    /// Whether the same restore may go better later without anybody doing anything.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Read(e) => e.is_retryable(),
+            Self::Target(e) => e.is_retryable(),
+            Self::Fetch(e) => e.is_retryable(),
+            Self::Request(_) | Self::Damaged(_) | Self::Differs { .. } | Self::Index { .. } => false,
+        }
+    }
+    /// Whether data are damaged or differ.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Read(e) | Self::Fetch(FetchError::Read(e)) => e.is_damage(),
+            Self::Damaged(_) | Self::Differs { .. } | Self::Index { .. } => true,
+            Self::Target(_) | Self::Fetch(_) | Self::Request(_) => false,
+        }
+    }
+}
+
+/// What the point's index says of a volume.
+#[derive(Clone, Debug)]
+pub struct Survey {
+    /// Range digests of all pages; zero where the page's index can't be read.
+    pub ranges: Vec<RangeDigest>,
+    /// What they add up to.
+    pub digest: VolumeDigest,
+    /// Bytes of the blocks that are not zero; an upper bound.
+    pub data_bytes: u64,
+    /// Pages whose index can't be read; none unless that is tolerated.
+    pub lost: Vec<Lost>,
+}
+
+/// Reads the index of a whole volume: everything that is known before a payload is read.
+pub async fn survey(
+    view: &View,
+    volume: &ViewVolume,
+    name: &Name,
+    on_damage: OnDamage,
+    progress: impl Fn(u64),
+) -> Result<Survey, ReadError> {
+    let geometry = volume.geometry;
+    let mut ranges = Vec::with_capacity(geometry.pages() as usize);
+    let (mut data_bytes, mut lost) = (0, Vec::new());
+    for page in (0..geometry.pages()).map(PageIndex) {
+        match survey_page(view, volume, page).await {
+            Ok((range, blocks)) => {
+                ranges.push(range);
+                data_bytes += (blocks * u64::from(geometry.block_size())).min(geometry.page_len(page));
+            }
+            Err(e) if on_damage == OnDamage::Salvage && e.is_damage() => {
+                ranges.push(RangeDigest::ZERO);
+                lost.push(Lost::page(name, geometry, page, &e));
+            }
+            Err(e) => return Err(e),
+        }
+        progress(geometry.page_len(page));
+    }
+    let digest = VolumeDigester::of(geometry, &ranges);
+    Ok(Survey { ranges, digest, data_bytes, lost })
+}
+
+/// Range digest and number of data blocks of a page, from the base map's row where nothing is newer.
+async fn survey_page(view: &View, volume: &ViewVolume, index: PageIndex) -> Result<(RangeDigest, u64), ReadError> {
+    let last = index.0 + 1 == volume.geometry.pages();
+    if !last && !view.is_changed(volume.slot, index).await? {
+        let row = match &volume.base {
+            Some(base) => base.row(volume.slot, index).await?,
+            None => None,
+        };
+        return Ok(row.map_or((RangeDigest::ZERO, 0), |r| (r.range_digest, u64::from(r.entries))));
+    }
+    let digests = view.page(volume, index).await?.digests();
+    Ok((RangeDigest::of(&digests), digests.iter().filter(|d| !d.is_zero()).count() as u64))
+}
+
+/// One volume of a point, and where it goes.
+#[derive(Clone)]
+pub struct Restoring {
+    /// Where the records are.
+    pub store: Arc<dyn ObjectStore>,
+    /// Of the group.
+    pub keys: GroupKeys,
+    /// The point.
+    pub view: Arc<View>,
+    /// The volume.
+    pub volume: ViewVolume,
+    /// What the user calls it.
+    pub name: Name,
+    /// Where it goes.
+    pub target: Arc<Target>,
+    /// What to do about damage.
+    pub on_damage: OnDamage,
+    /// Threads that work at once, of all volumes.
+    pub threads: Arc<Semaphore>,
+}
+
+/// What was done.
+#[derive(Debug, Default)]
+pub struct Written {
+    /// What the plans came to.
+    pub sums: Sums,
+    /// Bytes of the target that were read to compare.
+    pub read: u64,
+    /// Bytes of block records that were fetched.
+    pub fetched: u64,
+    /// Bytes that were written or zeroed.
+    pub written: u64,
+    /// What could not be restored.
+    pub lost: Vec<Lost>,
+}
+
+/// A window that was compared and planned.
+struct Planned {
+    plan: crate::plan::restore::WindowPlan,
+    read: u64,
+    lost: Vec<Lost>,
+    lost_bytes: u64,
+}
+
+impl Restoring {
+    /// Compares and writes what differs. The target is not finished: its first MiB waits.
+    pub async fn write(&self, progress: impl Fn(u64)) -> Result<Written, RestoreError> {
+        let (planned, mut plans) = mpsc::channel(1);
+        let mut planner = JoinSet::new();
+        let this = self.clone();
+        planner.spawn(async move {
+            if let Err(e) = this.plan_windows(&planned).await {
+                let _ = planned.send(Err(e)).await;
+            }
+        });
+        let purpose = Purpose::Write(self.target.clone());
+        let mut fetcher =
+            Fetcher::new(self.store.clone(), self.keys, self.volume.geometry, purpose, self.threads.clone());
+        let mut zeroing = JoinSet::new();
+        let mut done = Written::default();
+        while let Some(planned) = plans.recv().await {
+            let Planned { plan, read, lost, lost_bytes } = planned?;
+            done.sums += plan.sums;
+            done.read += read;
+            done.lost.extend(lost);
+            progress(plan.sums.equal + lost_bytes);
+            if !plan.zero.is_empty() {
+                let target = self.target.clone();
+                zeroing.spawn_blocking(move || zero(&target, &plan.zero));
+            }
+            for read in plan.reads {
+                fetcher.start(read).await;
+                while let Some(fetched) = fetcher.try_next() {
+                    self.take(&mut done, fetched?, &progress)?;
+                }
+                while let Some(zeroed) = zeroing.try_join_next() {
+                    done.written += took(zeroed, &progress)?;
+                }
+            }
+        }
+        while let Some(fetched) = fetcher.next().await {
+            self.take(&mut done, fetched?, &progress)?;
+        }
+        while let Some(zeroed) = zeroing.join_next().await {
+            done.written += took(zeroed, &progress)?;
+        }
+        join_neighbours(&mut done.lost);
+        Ok(done)
+    }
+
+    fn take(&self, done: &mut Written, fetched: Fetched, progress: &impl Fn(u64)) -> Result<(), RestoreError> {
+        done.fetched += fetched.fetched;
+        done.written += fetched.good;
+        progress(fetched.good);
+        for block in fetched.lost {
+            let range = block_range(self.volume.geometry, block.block);
+            progress(range.end - range.start);
+            done.lost.push(Lost::new(&self.name, range, block.object.to_string(), block.cause));
+        }
+        if self.on_damage == OnDamage::Fail && !done.lost.is_empty() {
+            join_neighbours(&mut done.lost);
+            return Err(RestoreError::Damaged(std::mem::take(&mut done.lost)));
+        }
+        Ok(())
+    }
+
+    async fn plan_windows(&self, out: &mpsc::Sender<Result<Planned, RestoreError>>) -> Result<(), RestoreError> {
+        let geometry = self.volume.geometry;
+        let comparers = Arc::new(Mutex::new(Vec::new()));
+        let mut under_way: VecDeque<Window> = VecDeque::new();
+        let step = window_pages(geometry);
+        for first in (0..geometry.pages()).step_by(step as usize) {
+            let window = self.begin_window(first..(first + step).min(geometry.pages()), &comparers).await?;
+            under_way.push_back(window);
+            if under_way.len() > AHEAD
+                && let Some(window) = under_way.pop_front()
+                && out.send(Ok(self.plan(window).await?)).await.is_err()
+            {
+                return Ok(());
+            }
+        }
+        while let Some(window) = under_way.pop_front() {
+            if out.send(Ok(self.plan(window).await?)).await.is_err() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the window's part of the index and begins to compare.
+    async fn begin_window(
+        &self,
+        pages: Range<u64>,
+        comparers: &Arc<Mutex<Vec<Comparer>>>,
+    ) -> Result<Window, RestoreError> {
+        let mut window = Window::default();
+        for index in pages.map(PageIndex) {
+            let page = match self.view.page(&self.volume, index).await {
+                Ok(page) => page,
+                Err(e) if self.on_damage == OnDamage::Salvage && e.is_damage() => {
+                    window.lost.push(Lost::page(&self.name, self.volume.geometry, index, &e));
+                    continue;
+                }
+                Err(e) => return Err(e.into()),
+            };
+            window.pages.push((index, page, self.look(index, comparers.clone())));
+        }
+        Ok(window)
+    }
+
+    fn look(&self, index: PageIndex, comparers: Arc<Mutex<Vec<Comparer>>>) -> Looked {
+        let (target, threads, geometry) = (self.target.clone(), self.threads.clone(), self.volume.geometry);
+        if target.is_fresh() {
+            return Looked::Now;
+        }
+        Looked::Soon(tokio::spawn(async move {
+            let _thread = threads.acquire_owned().await.expect("never closed");
+            let work = move || {
+                let own = comparers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+                let mut own = own.unwrap_or_else(|| Comparer::new(&target, geometry));
+                let found = own.look(&target, index);
+                comparers.lock().unwrap_or_else(PoisonError::into_inner).push(own);
+                found
+            };
+            tokio::task::spawn_blocking(work).await.expect("comparing does not panic")
+        }))
+    }
+
+    async fn plan(&self, window: Window) -> Result<Planned, RestoreError> {
+        let mut read = 0;
+        let mut pages = Vec::with_capacity(window.pages.len());
+        for (index, page, looked) in window.pages {
+            let found = match looked {
+                Looked::Now => Found::Fresh,
+                Looked::Soon(handle) => {
+                    let (found, bytes) = handle.await.expect("comparing does not panic")?;
+                    read += bytes;
+                    found
+                }
+            };
+            pages.push((index, page, found));
+        }
+        let plan = plan_window(self.volume.geometry, self.volume.slot, &pages);
+        let lost_bytes = window.lost.iter().map(|l| l.end - l.start).sum();
+        Ok(Planned { plan, read, lost: window.lost, lost_bytes })
+    }
+
+    /// Completes the target, reads all of it back and compares with the point; what was lost before may differ.
+    pub async fn verify(
+        &self,
+        survey: &Survey,
+        lost: &[Lost],
+        durability: Durability,
+        progress: impl Fn(u64) + Send + Sync + 'static,
+    ) -> Result<Verified, RestoreError> {
+        let (target, geometry) = (self.target.clone(), self.volume.geometry);
+        let threads = self.threads.available_permits();
+        let read = tokio::task::spawn_blocking(move || verify_all(&target, geometry, durability, threads, &progress));
+        let read = read.await.expect("verifying does not panic")?;
+        let mut ranges = Vec::new();
+        for page in read.differing(&survey.ranges).into_iter().take(MAX_EXPLAINED) {
+            ranges.extend(self.differing_in(page, lost, durability).await?);
+        }
+        if !ranges.is_empty() {
+            return Err(RestoreError::Differs { volume: self.name.clone(), ranges });
+        }
+        Ok(Verified { digest: read.digest, bytes: read.bytes, from_device: read.from_device })
+    }
+
+    async fn differing_in(
+        &self,
+        page: PageIndex,
+        lost: &[Lost],
+        durability: Durability,
+    ) -> Result<Vec<Range<u64>>, RestoreError> {
+        let geometry = self.volume.geometry;
+        let whole = page_range(geometry, page);
+        let is_lost = |r: &Range<u64>| lost.iter().any(|l| l.start <= r.start && r.end <= l.end);
+        if is_lost(&whole) {
+            return Ok(Vec::new());
+        }
+        let expected = self.view.page(&self.volume, page).await?.digests();
+        let target = self.target.clone();
+        let look = move || differing_ranges(&target, geometry, durability, page, &expected);
+        let ranges = tokio::task::spawn_blocking(look).await.expect("comparing does not panic")?;
+        // Lost ranges are whole blocks: compare block by block.
+        let step = u64::from(geometry.block_size());
+        let blocks =
+            ranges.iter().flat_map(|r| (r.start..r.end).step_by(step as usize).map(|s| s..(s + step).min(r.end)));
+        let mut out: Vec<Range<u64>> = Vec::new();
+        for block in blocks.filter(|b| !is_lost(b)) {
+            match out.last_mut() {
+                Some(last) if last.end == block.start => last.end = block.end,
+                _ => out.push(block),
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// What was read back.
+#[derive(Clone, Debug)]
+pub struct Verified {
+    /// Of the target.
+    pub digest: VolumeDigest,
+    /// Bytes that were compared.
+    pub bytes: u64,
+    /// Past the cache, from a device.
+    pub from_device: bool,
+}
+
+#[derive(Default)]
+struct Window {
+    pages: Vec<(PageIndex, Page, Looked)>,
+    lost: Vec<Lost>,
+}
+
+enum Looked {
+    /// There is nothing to look at.
+    Now,
+    /// A thread is looking.
+    Soon(JoinHandle<Result<(Found, u64), TargetError>>),
+}
+
+fn zero(target: &Target, ranges: &[Range<u64>]) -> Result<u64, TargetError> {
+    for range in ranges {
+        target.write_zeroes(range.clone())?;
+    }
+    Ok(ranges.iter().map(|r| r.end - r.start).sum())
+}
+
+fn took(
+    zeroed: Result<Result<u64, TargetError>, tokio::task::JoinError>,
+    progress: &impl Fn(u64),
+) -> Result<u64, TargetError> {
+    let bytes = zeroed.expect("zeroing does not panic")?;
+    progress(bytes);
+    Ok(bytes)
+}
+
+#[cfg(test)]
+#[path = "rehydrate_tests.rs"]
+mod tests;

@@ -1,0 +1,362 @@
+//! A restore of one volume or of a whole group, from a point in the store onto files and devices.
+//!
+//! Read first: [`Prepared::new`] (contacts and checks everything and writes nothing) and [`Prepared::run`].
+//!
+//! The volumes are restored one after the other; none is finished before all are written, so that a group that failed
+//! half-way shows it on every target that was changed.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use backhaul_cli::{Progress, text};
+use backhaul_protocol::consistency::Consistency;
+use backhaul_protocol::ids::{LogSeq, Name};
+use backhaul_protocol::store::log::{PointBody, PointVolume, UnixMillis};
+use backhaul_protocol::wire::message::PointSpec;
+use backhaul_volume::target::{CheckedTarget, Durability, Refusal, Target, TargetError, TargetNeeds};
+use serde::Serialize;
+use tokio::sync::Semaphore;
+
+use crate::catalog::{Catalog, GroupLog};
+use crate::counting::Counting;
+use crate::reachable::{blocks_in, missing_segments};
+use crate::read_error::ReadError;
+use crate::rehydrate::{RestoreError, Restoring, Survey, Verified, Written, survey};
+use crate::salvage::{Lost, OnDamage, join_neighbours};
+use crate::view::{View, ViewVolume};
+
+/// What is wanted.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Which group.
+    pub group: Name,
+    /// Which volume of it; `None` means all.
+    pub volume: Option<Name>,
+    /// Which point.
+    pub point: PointSpec,
+    /// `TARGET` or `NAME=TARGET`, as typed.
+    pub targets: Vec<String>,
+    /// Serials or names of devices that may be overwritten.
+    pub confirm: Vec<String>,
+    /// What is waited for, and how it is read back.
+    pub durability: Durability,
+    /// What to do about damage.
+    pub on_damage: OnDamage,
+}
+
+/// Everything was contacted and checked; nothing was written. Devices are claimed.
+pub struct Prepared {
+    request: Request,
+    log: GroupLog,
+    counting: Arc<Counting>,
+    view: Arc<View>,
+    jobs: Vec<Job>,
+    started: Instant,
+    /// The point.
+    pub point: LogSeq,
+    /// When it was committed.
+    pub time: UnixMillis,
+    /// What it claims.
+    pub consistency: Consistency,
+    damaged: Vec<Lost>,
+}
+
+/// One volume of a restore.
+pub(crate) struct Job {
+    pub(crate) name: Name,
+    pub(crate) path: PathBuf,
+    pub(crate) volume: ViewVolume,
+    survey: Survey,
+    checked: CheckedTarget,
+}
+
+/// What was done, as it is printed.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outcome {
+    /// Of the group.
+    pub group: String,
+    /// Number of the point.
+    pub point: u64,
+    /// When it was committed.
+    pub time: String,
+    /// What it claims.
+    pub consistency: String,
+    /// Bytes of the targets that were read to compare.
+    pub bytes_read: u64,
+    /// Bytes of block records that were read from the store.
+    pub bytes_fetched: u64,
+    /// All other bytes that were read from the store.
+    pub metadata_bytes: u64,
+    /// Bytes that were written or zeroed.
+    pub bytes_written: u64,
+    /// Bytes that were read back and compared.
+    pub bytes_verified: u64,
+    /// `device` or `cached`.
+    pub verified: &'static str,
+    /// Of the volume, if it is one.
+    pub digest: Option<String>,
+    /// How long it took.
+    pub seconds: f64,
+    /// Each volume.
+    pub volumes: Vec<VolumeOutcome>,
+    /// What could not be restored.
+    pub lost: Vec<Lost>,
+}
+
+/// What was done to one target.
+#[derive(Clone, Debug, Serialize)]
+pub struct VolumeOutcome {
+    /// Of the volume.
+    pub name: String,
+    /// As it was named.
+    pub target: String,
+    /// Bytes of the volume.
+    pub length: u64,
+    /// What was read back.
+    pub digest: String,
+    /// What the point states.
+    pub expected: String,
+    /// Bytes that were written or zeroed.
+    pub bytes_written: u64,
+    /// What lost blocks hold now: `zero` or `left as they were`.
+    pub lost_blocks: &'static str,
+}
+
+impl Prepared {
+    /// Opens the point, reads its index, looks whether what it needs is there, checks and claims every target.
+    pub async fn new(catalog: Catalog, request: Request, progress: &mut Progress) -> Result<Self, RestoreError> {
+        let started = Instant::now();
+        let (counting, catalog) = Counting::catalog(catalog);
+        let log = catalog.expect_group(&request.group).await?;
+        let (record, point) = log.find(request.point).await?;
+        let wanted = match_targets(&request, &point)?;
+        let (view, mut damaged) = crate::salvage::open_view(&log, &point, request.on_damage).await?;
+        let total = wanted.iter().map(|(v, _)| v.geometry.length()).sum();
+        let phase = progress.phase("read the point's index", total);
+        let mut surveyed = Vec::new();
+        for (volume, path) in wanted {
+            let own = view.volume(volume.slot).expect("a view has all volumes of its point");
+            let survey = survey(&view, own, &volume.name, request.on_damage, |n| phase.add(n)).await?;
+            if survey.digest != volume.digest && request.on_damage == OnDamage::Fail {
+                let (found, stated) = (survey.digest, volume.digest);
+                return Err(RestoreError::Index { volume: volume.name.clone(), found, stated });
+            }
+            surveyed.push((volume.name.clone(), path, own.clone(), survey));
+        }
+        let missing = missing_segments(log.store(), log.keys(), &view, request.on_damage).await?;
+        if !missing.is_empty() && request.on_damage == OnDamage::Fail {
+            let mut lost = Vec::new();
+            for (name, _, volume, _) in &surveyed {
+                lost.extend(blocks_in(&view, volume, name, log.keys(), &missing).await?);
+            }
+            if !lost.is_empty() {
+                return Err(RestoreError::Damaged(lost));
+            }
+        }
+        phase.finish();
+        damaged.extend(surveyed.iter().flat_map(|(.., survey)| survey.lost.iter().cloned()));
+        let jobs = check_targets(&request, surveyed)?;
+        let (seq, time, consistency) = (record.seq, record.time, point.consistency);
+        let view = Arc::new(view);
+        Ok(Self { request, log, counting, view, jobs, started, point: seq, time, consistency, damaged })
+    }
+
+    pub(crate) fn jobs(&self) -> &[Job] {
+        &self.jobs
+    }
+    pub(crate) fn view(&self) -> &View {
+        &self.view
+    }
+
+    /// Restores, and reads everything back.
+    pub async fn run(self, progress: &mut Progress) -> Result<Outcome, RestoreError> {
+        let durability = self.request.durability;
+        let threads = Arc::new(Semaphore::new(parallelism()));
+        let total: u64 = self.jobs.iter().map(|j| j.volume.geometry.length()).sum();
+        let mut open = Vec::new();
+        for job in self.jobs {
+            let checked = job.checked;
+            let target = tokio::task::spawn_blocking(move || checked.open()).await.expect("opening does not panic")?;
+            let restoring = Restoring {
+                store: self.log.store().clone(),
+                keys: self.log.keys(),
+                view: self.view.clone(),
+                volume: job.volume,
+                name: job.name,
+                target: Arc::new(target),
+                on_damage: self.request.on_damage,
+                threads: threads.clone(),
+            };
+            open.push((restoring, job.survey, job.path));
+        }
+        let phase = progress.phase("compare and write", total);
+        let mut written = Vec::new();
+        for (restoring, _, _) in &open {
+            let mut done = restoring.write(|n| phase.add(n)).await?;
+            done.lost.extend(self.damaged.iter().filter(|l| *l.volume == *restoring.name.as_str()).cloned());
+            join_neighbours(&mut done.lost);
+            written.push(done);
+        }
+        phase.finish();
+        let phase = progress.phase("flush", written.iter().map(|w| w.written).sum());
+        for ((restoring, ..), done) in open.iter().zip(&written) {
+            finish(restoring.target.clone(), durability).await?;
+            phase.add(done.written);
+        }
+        phase.finish();
+        let phase = progress.phase("read back and compare", total);
+        let mut verified = Vec::new();
+        for ((restoring, survey, _), done) in open.iter().zip(&written) {
+            let own = phase.clone();
+            verified.push(restoring.verify(survey, &done.lost, durability, move |n| own.add(n)).await?);
+        }
+        phase.finish();
+        let volumes = open.iter().zip(&written).zip(&verified);
+        let volumes = volumes.map(|(((r, survey, path), w), v)| volume_outcome(r, survey, path, w, v)).collect();
+        let head = (&self.request.group, self.point, self.time, self.consistency);
+        Ok(outcome(head, durability, self.counting.bytes_read(), written, &verified, volumes, self.started))
+    }
+}
+
+fn volume_outcome(r: &Restoring, survey: &Survey, path: &Path, w: &Written, v: &Verified) -> VolumeOutcome {
+    VolumeOutcome {
+        name: r.name.to_string(),
+        target: path.display().to_string(),
+        length: r.volume.geometry.length(),
+        digest: v.digest.to_string(),
+        expected: survey.digest.to_string(),
+        bytes_written: w.written,
+        lost_blocks: if r.target.is_fresh() { "zero" } else { "left as they were" },
+    }
+}
+
+fn outcome(
+    (group, point, time, consistency): (&Name, LogSeq, UnixMillis, Consistency),
+    durability: Durability,
+    store_read: u64,
+    written: Vec<Written>,
+    verified: &[Verified],
+    volumes: Vec<VolumeOutcome>,
+    started: Instant,
+) -> Outcome {
+    let fetched = written.iter().map(|w| w.fetched).sum();
+    // What a file system without a device holds is in memory, whatever was asked for.
+    let from_device = durability == Durability::Device && verified.iter().all(|v| v.from_device);
+    Outcome {
+        group: group.to_string(),
+        point: point.0,
+        time: text::time(time),
+        consistency: consistency.to_string(),
+        bytes_read: written.iter().map(|w| w.read).sum(),
+        bytes_fetched: fetched,
+        metadata_bytes: store_read.saturating_sub(fetched),
+        bytes_written: written.iter().map(|w| w.written).sum(),
+        bytes_verified: verified.iter().map(|v| v.bytes).sum(),
+        verified: if from_device { "device" } else { "cached" },
+        digest: match &volumes[..] {
+            [one] => Some(one.digest.clone()),
+            _ => None,
+        },
+        seconds: started.elapsed().as_secs_f64(),
+        volumes,
+        lost: written.into_iter().flat_map(|w| w.lost).collect(),
+    }
+}
+
+async fn finish(target: Arc<Target>, durability: Durability) -> Result<(), TargetError> {
+    tokio::task::spawn_blocking(move || target.finish(durability)).await.expect("flushing does not panic")
+}
+
+/// Threads that work at once.
+pub fn parallelism() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from)
+}
+
+/// Which volume goes where.
+fn match_targets<'a>(request: &Request, point: &'a PointBody) -> Result<Vec<(&'a PointVolume, PathBuf)>, RestoreError> {
+    let names = || point.volumes.iter().map(|v| v.name.to_string()).collect::<Vec<_>>().join(", ");
+    let wanted: Vec<&PointVolume> =
+        match &request.volume {
+            Some(name) => vec![point.volume(name).ok_or_else(|| {
+                ReadError::NotFound(format!("no volume \"{name}\" in this point: it has {}", names()))
+            })?],
+            None => point.volumes.iter().collect(),
+        };
+    let wrong = |text: String| Err(RestoreError::Request(text));
+    let mut left = wanted.clone();
+    let mut out = Vec::new();
+    for typed in &request.targets {
+        let named = typed.split_once('=').and_then(|(name, path)| {
+            let at = left.iter().position(|v| v.name.as_str() == name)?;
+            Some((left.remove(at), path))
+        });
+        match named {
+            Some((volume, path)) => out.push((volume, PathBuf::from(path))),
+            None if wanted.len() == 1 && left.len() == 1 => out.push((left.remove(0), PathBuf::from(typed))),
+            None => return wrong(format!("--to {typed}: want --to NAME=TARGET, each of {} once", names())),
+        }
+    }
+    if !left.is_empty() {
+        let missing = left.iter().map(|v| v.name.to_string()).collect::<Vec<_>>().join(", ");
+        return wrong(format!("no target for {missing}: add --to NAME=TARGET, or restore one volume as GROUP/VOLUME"));
+    }
+    for (i, (_, path)) in out.iter().enumerate() {
+        if out[..i].iter().any(|(_, other)| is_same_place(other, path)) {
+            return wrong(format!("{} is named for two volumes", path.display()));
+        }
+    }
+    Ok(out)
+}
+
+fn is_same_place(a: &Path, b: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let id = |p: &Path| std::fs::metadata(p).ok().map(|m| (m.dev(), m.ino(), m.rdev()));
+    // What is not there yet is in a folder that is.
+    let whole =
+        |p: &Path| p.parent().and_then(|f| f.join(".").canonicalize().ok()).zip(p.file_name().map(ToOwned::to_owned));
+    match (id(a), id(b)) {
+        (Some(a), Some(b)) => a == b,
+        (None, None) => a == b || (whole(a).is_some() && whole(a) == whole(b)),
+        _ => false,
+    }
+}
+
+fn check_targets(
+    request: &Request,
+    surveyed: Vec<(Name, PathBuf, ViewVolume, Survey)>,
+) -> Result<Vec<Job>, RestoreError> {
+    let mut jobs = Vec::new();
+    for (name, path, volume, survey) in surveyed {
+        let needs = TargetNeeds {
+            length: volume.geometry.length(),
+            data_bytes: Some(survey.data_bytes),
+            ..TargetNeeds::default()
+        };
+        let checked = check_target(&path, &needs, &request.confirm, request.targets.len())?;
+        jobs.push(Job { name, path, volume, survey, checked });
+    }
+    Ok(jobs)
+}
+
+/// Tries each of the confirmations: one that names another target is no mistake where there are several.
+pub fn check_target(
+    path: &Path,
+    needs: &TargetNeeds,
+    confirm: &[String],
+    targets: usize,
+) -> Result<CheckedTarget, TargetError> {
+    let with =
+        |confirm: Option<&String>| Target::check(path, &TargetNeeds { confirm: confirm.cloned(), ..needs.clone() });
+    let mut refused = None;
+    for given in confirm {
+        match with(Some(given)) {
+            Err(e @ TargetError::Refused { why: Refusal::WrongConfirmation { .. }, .. }) => refused = Some(e),
+            other => return other,
+        }
+    }
+    match refused {
+        Some(e) if targets == 1 => Err(e),
+        _ => with(None),
+    }
+}
