@@ -70,10 +70,10 @@ impl Catalog {
         loop {
             let page = self.store.list(key::GROUP_NAMES, after.as_ref(), 1000).await?;
             for (key, _) in &page {
-                if let Ok(name) = key.as_str()[key::GROUP_NAMES.len()..].parse::<Name>() {
-                    if let Some(group) = self.group(&name).await? {
-                        out.push((name, group));
-                    }
+                if let Ok(name) = key.as_str()[key::GROUP_NAMES.len()..].parse::<Name>()
+                    && let Some(group) = self.group(&name).await?
+                {
+                    out.push((name, group));
                 }
             }
             match page.last() {
@@ -304,11 +304,11 @@ impl GroupLog {
         let bytes = Bytes::from(record.to_bytes());
         let (hash, len) = (Record::hash(&bytes), bytes.len());
         // A store that does not enforce the condition would overwrite: the only receiver looks first.
-        if self.sharing == Sharing::OneReceiver {
-            if let Some((theirs, found)) = self.read(record.seq).await? {
-                let ours = theirs.commit == record.commit;
-                return Ok((if ours { Appended::Ours } else { Appended::Theirs(Box::new(theirs)) }, found, len));
-            }
+        if self.sharing == Sharing::OneReceiver
+            && let Some((theirs, found)) = self.read(record.seq).await?
+        {
+            let ours = theirs.commit == record.commit;
+            return Ok((if ours { Appended::Ours } else { Appended::Theirs(Box::new(theirs)) }, found, len));
         }
         match self.store.put_new(&self.keys.log(record.seq), bytes).await {
             Ok(()) => {}

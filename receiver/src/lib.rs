@@ -15,6 +15,7 @@ pub mod fold;
 pub mod ingest;
 pub mod keys;
 pub mod plan;
+pub mod presence;
 pub mod random;
 pub mod reachable;
 pub mod read_error;
@@ -27,4 +28,6 @@ pub mod segment_writer;
 pub mod server;
 pub mod session;
 pub mod store;
+#[cfg(test)]
+mod testing;
 pub mod view;

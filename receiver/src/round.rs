@@ -309,8 +309,9 @@ impl Round {
             }
         }
         sink.appended();
-        let committed =
-            Committed { seq: record.seq, commit: record.commit, time: record.time, metadata_bytes: len as u64 };
+        let inline_len = record.point().and_then(|p| p.inline.as_ref()).map_or(0, |i| i.records.len());
+        let metadata_bytes = (len - inline_len) as u64;
+        let committed = Committed { seq: record.seq, commit: record.commit, time: record.time, metadata_bytes };
         self.adopt(state, record, hash, layers, ranges).await.map_err(read)?;
         Ok(committed)
     }
@@ -565,14 +566,12 @@ fn check_folded(
 
 /// Work after a commit that nobody waits for: the hint, and a checkpoint where one is due.
 pub async fn after_commit(log: &GroupLog, seq: LogSeq, hint: bool) {
-    if hint {
-        if let Err(error) = log.write_hint(seq).await {
-            tracing::warn!(%error, "could not write the head hint; readers probe a little longer");
-        }
+    if hint && let Err(error) = log.write_hint(seq).await {
+        tracing::warn!(%error, "could not write the head hint; readers probe a little longer");
     }
-    if seq.0 % CHECKPOINT_INTERVAL == 0 {
-        if let Err(error) = log.write_checkpoint(seq).await {
-            tracing::warn!(%error, "could not write a checkpoint; lists of points read more of the log");
-        }
+    if seq.0.is_multiple_of(CHECKPOINT_INTERVAL)
+        && let Err(error) = log.write_checkpoint(seq).await
+    {
+        tracing::warn!(%error, "could not write a checkpoint; lists of points read more of the log");
     }
 }

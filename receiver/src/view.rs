@@ -208,7 +208,7 @@ pub async fn load_loose(
     let mut entries = Vec::new();
     for chunk in segments.chunks(16) {
         let mut reads = JoinSet::new();
-        for reference in chunk.iter().copied() {
+        for &reference in chunk {
             let store = store.clone();
             reads.spawn(async move { read_segment_index(&*store, keys, &reference).await });
         }
@@ -286,10 +286,10 @@ impl View {
     /// The newest record of every block of a page.
     pub async fn page(&self, volume: &ViewVolume, index: PageIndex) -> Result<Page, ReadError> {
         let mut page = Page::new(index, volume.geometry.page_blocks(index));
-        if let Some(base) = &volume.base {
-            if let Some(row) = base.row(volume.slot, index).await? {
-                base.entries(&row).await?.iter().for_each(|e| page.apply(e));
-            }
+        if let Some(base) = &volume.base
+            && let Some(row) = base.row(volume.slot, index).await?
+        {
+            base.entries(&row).await?.iter().for_each(|e| page.apply(e));
         }
         self.apply_changes(volume.slot, &mut page, index).await?;
         Ok(page)

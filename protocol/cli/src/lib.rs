@@ -84,6 +84,7 @@ fn init_logs(common: &CommonArgs) {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(common.verbose > 1)
         .try_init();
 }

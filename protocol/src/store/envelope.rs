@@ -39,6 +39,8 @@ pub enum Kind {
     Revoked = 12,
     /// When an agent was last seen.
     Seen = 13,
+    /// Which receiver serves a store that takes only one.
+    Receiver = 14,
 }
 
 /// Why an object can't be read.

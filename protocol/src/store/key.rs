@@ -171,6 +171,10 @@ impl GroupKeys {
 pub fn format() -> ObjectKey {
     ObjectKey("format".into())
 }
+/// Which receiver serves a store that takes only one.
+pub fn receiver() -> ObjectKey {
+    ObjectKey("receiver".into())
+}
 /// The group of this name.
 pub fn group_name(name: &Name) -> ObjectKey {
     ObjectKey(format!("names/{name}"))

@@ -11,11 +11,13 @@ pub mod verify;
 
 use anyhow::Context as _;
 use backhaul_cli::{Exit, Failure, Meaning};
+use backhaul_volume::durable::LockError;
 
 use crate::access::AccessError;
 use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::keys::{self, KeysError};
+use crate::presence::PresenceError;
 use crate::read_error::ReadError;
 use crate::store::{self, Kind, StoreError, StoreSettings, StoreUrl};
 
@@ -74,6 +76,12 @@ pub fn meaning(cause: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
             _ => None,
         };
         return Some((Exit::Config, "E_STATE_DIR", next));
+    }
+    if let Some(PresenceError::Taken(_)) = cause.downcast_ref::<PresenceError>() {
+        return Some((Exit::Busy, "E_BUSY", Some("stop the other receiver first".into())));
+    }
+    if cause.downcast_ref::<LockError>().is_some() {
+        return Some((Exit::Busy, "E_BUSY", None));
     }
     cause.downcast_ref::<StoreError>().map(of_store)
 }

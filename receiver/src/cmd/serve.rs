@@ -3,12 +3,14 @@
 use std::net::SocketAddr;
 
 use backhaul_cli::{Exit, Output};
+use backhaul_protocol::store::checkpoint::Sharing;
 use backhaul_volume::durable;
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use super::Context;
+use crate::presence::Presence;
 use crate::server::Server;
 
 /// Options of `serve`.
@@ -24,6 +26,10 @@ pub async fn run(args: ServeArgs, ctx: &Context, _out: Output) -> anyhow::Result
     let authority = ctx.authority()?;
     let _lock = durable::lock(&ctx.config.state.join("lock"))?;
     let catalog = ctx.catalog().await?;
+    let presence = match catalog.format.sharing {
+        Sharing::ManyReceivers => None,
+        Sharing::OneReceiver => Some(Presence::claim(catalog.store.clone()).await?),
+    };
     let mut settings = ctx.config.server.clone();
     settings.listen = args.listen.unwrap_or(settings.listen);
     let server = Server::bind(catalog, authority, settings)?;
@@ -44,5 +50,8 @@ pub async fn run(args: ServeArgs, ctx: &Context, _out: Output) -> anyhow::Result
     }
     let _ = stop.send(true);
     running.await?;
+    if let Some(presence) = presence {
+        presence.leave().await;
+    }
     Ok(Exit::Done)
 }
