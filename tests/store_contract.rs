@@ -448,14 +448,12 @@ mod bucket {
             refuse(400, "BadDigest"),
             HttpFault::LostRequest,
             HttpFault::LostReply,
-            HttpFault::Silent,
         ];
         let s3 = TestS3::start();
         let store = retrying(&s3).await;
         for (n, fault) in faults.iter().enumerate() {
             let a = key(&format!("a{n}"));
-            let fail =
-                || s3.fault(Rule::default().times(if *fault == HttpFault::Silent { 1 } else { 3 }), fault.clone());
+            let fail = || s3.fault(Rule::default().times(3), fault.clone());
             fail();
             store.put_new(&a, bytes("body")).await.unwrap_or_else(|e| panic!("put_new, {fault:?}: {e}"));
             fail();
@@ -470,6 +468,30 @@ mod bucket {
             store.delete(&key("nothing")).await.unwrap_or_else(|e| panic!("delete, {fault:?}: {e}"));
         }
         assert_eq!(s3.objects().len(), faults.len() + 1);
+    }
+
+    /// Requests that are done and never answered, one of each verb at the same time.
+    #[tokio::test]
+    async fn silence_is_survived() {
+        let s3 = TestS3::start();
+        let store = retrying(&s3).await;
+        let (a, b, head, gone) = (key("a"), key("b"), key("head"), key("gone"));
+        store.put_new(&a, bytes("body")).await.unwrap();
+        store.put_new(&gone, bytes("body")).await.unwrap();
+        s3.fault(Rule::default().times(6), HttpFault::Silent);
+        let (put, hint, get, range, list, delete) = tokio::join!(
+            store.put_new(&b, bytes("ours")),
+            store.put_hint(&head, bytes("hint")),
+            store.get(&a, 10),
+            store.get_range(&a, 1..3),
+            store.list("a", None, 10),
+            store.delete(&gone),
+        );
+        put.unwrap();
+        hint.unwrap();
+        delete.unwrap();
+        assert_eq!((get.unwrap(), range.unwrap(), list.unwrap().len()), (bytes("body"), bytes("od"), 1));
+        assert_eq!(s3.objects().into_keys().collect::<Vec<_>>(), ["p/a", "p/b", "p/head"]);
     }
 
     /// F16: our own lost success is success, somebody else's is not.
@@ -523,16 +545,26 @@ mod bucket {
         let s3 = TestS3::start();
         let store = bare(&s3).await;
         store.put_new(&key("a"), contract::noise(1 << 20)).await.unwrap();
-        let cases =
-            [(HttpFault::Silent, Duration::from_millis(1500)), (HttpFault::Stall(5), Duration::from_millis(500))];
-        for (fault, limit) in cases {
+        // Each limit in turn is far below the others, so that it is this one that ends it.
+        let (short, long) = (Duration::from_millis(500), Duration::from_secs(20));
+        for (fault, answer, stall) in [(HttpFault::Silent, short, long), (HttpFault::Stall(5), long, short)] {
+            let settings = S3Settings { answer, stall, ..quick().s3 };
+            let store = S3Store::connect(&s3.s3_url("p"), &settings, s3.credentials()).await.unwrap();
             s3.fault(Rule::default().times(1), fault.clone());
             let start = Instant::now();
             let error = store.get(&key("a"), 2 << 20).await.unwrap_err();
             assert_eq!(error.kind(), Kind::Unavailable, "{fault:?}: {error}");
             let took = start.elapsed();
-            assert!(took > limit.mul_f32(0.9) && took < limit * 4, "{fault:?} took {took:?}");
+            println!("{fault:?} took {took:?}: {error}");
+            assert!(took > short.mul_f32(0.9) && took < long / 2, "{fault:?} took {took:?}");
         }
+        // A body that drips is ended by the limit of its size, whatever the stall limit thinks.
+        let settings = S3Settings { answer: short, stall: long, ..quick().s3 };
+        let slow = S3Store::connect(&s3.s3_url("p"), &settings, s3.credentials()).await.unwrap();
+        s3.fault(Rule::default().times(1), HttpFault::Stall(5));
+        let start = Instant::now();
+        assert_eq!(kind(slow.get_range(&key("a"), 0..1 << 20).await), Kind::Unavailable);
+        assert!(start.elapsed() < long / 2, "{:?}", start.elapsed());
         // A server that accepts and never speaks, for as long as there are attempts.
         s3.fault(Rule::default(), HttpFault::Silent);
         let retry = RetrySettings { total: Duration::from_secs(2), ..quick().retry };

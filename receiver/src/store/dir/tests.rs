@@ -64,8 +64,12 @@ async fn links_out_of_the_root_are_not_followed() {
     symlink(&outside, store.root.path.join("link")).unwrap();
     symlink(outside.join("secret"), store.root.path.join("leaf")).unwrap();
     symlink(outside.join("nowhere"), store.root.path.join("dangling")).unwrap();
+    // Not even within the root: one object would have two names.
+    std::fs::create_dir(store.root.path.join("real")).unwrap();
+    std::fs::write(store.root.path.join("real/object"), b"object").unwrap();
+    symlink("real", store.root.path.join("inside")).unwrap();
     let body = Bytes::from_static(b"mine");
-    for name in ["link/secret", "leaf", "dangling", "link/new"] {
+    for name in ["link/secret", "leaf", "dangling", "link/new", "inside/object"] {
         let name = key(name);
         assert_eq!(store.get(&name, 100).await.unwrap_err().kind(), Kind::Config, "{name}");
         assert_eq!(store.get_range(&name, 0..3).await.unwrap_err().kind(), Kind::Config, "{name}");
@@ -78,7 +82,7 @@ async fn links_out_of_the_root_are_not_followed() {
     assert_eq!(std::fs::read(outside.join("secret")).unwrap(), b"secret");
     assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 1, "nothing was made outside");
     let names: Vec<_> = store.list("", None, 10).await.unwrap().into_iter().map(|(key, _)| key.to_string()).collect();
-    assert_eq!(names, ["leaf"]);
+    assert_eq!(names, ["leaf", "real/object"]);
 }
 
 #[tokio::test]

@@ -208,10 +208,15 @@ impl ObjectStore for S3Store {
         let mut after = after.map(|key| self.name(key));
         while found.len() < limit {
             let page = self.page(prefix, after.as_deref(), limit - found.len()).await?;
+            let senseless = |how: &str| {
+                StoreError::new(Kind::Config, Verb::List, prefix, format!("{} lists names {how}", self.endpoint))
+            };
+            if page.more && page.names.is_empty() {
+                return Err(senseless("without end"));
+            }
             for (name, size) in page.names {
                 if after.as_ref().is_some_and(|after| name <= *after) {
-                    let what = format!("{} lists names out of order, or again and again", self.endpoint);
-                    return Err(StoreError::new(Kind::Config, Verb::List, prefix, what));
+                    return Err(senseless("out of order, or again and again"));
                 }
                 let key = name.strip_prefix(&self.prefix).map(ObjectKey::parse);
                 // Other names are not ours; the bucket may be shared.
