@@ -24,6 +24,7 @@ pub mod rehydrate;
 pub mod restore;
 pub mod round;
 pub mod salvage;
+pub mod scrub;
 pub mod segment_writer;
 pub mod server;
 pub mod session;

@@ -222,6 +222,58 @@ async fn a_flipped_byte_costs_one_block() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_segment_index_is_made_anew_from_the_records() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let want = volume(15);
+    let (store, group) = group_with(&[("disk", BLOCK as u32, &want)]).await;
+    let key = segments(&store).into_iter().nth(2).expect("several segments");
+    tamper(&store, &key, |bytes| *bytes.last_mut().expect("bytes") ^= 1);
+    let path = dir.path().join("x");
+    let error = restore(&group, request(&[text(&path)])).await.expect_err("damaged");
+    assert!(error.is_damage() && error.to_string().contains(key.as_str()), "{error}");
+    assert!(!path.exists(), "nothing was written");
+    let salvage = Request { on_damage: OnDamage::Salvage, ..request(&[text(&path)]) };
+    let outcome = restore(&group, salvage).await.expect("salvaged");
+    assert!(outcome.lost.is_empty() && std::fs::read(&path).expect("read") == want);
+}
+
+/// One whose blocks are known from a map, and one whose blocks nobody knows any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_segment() {
+    let dir = tempfile::tempdir().expect("a folder");
+    for mapped in [true, false] {
+        let want = volume(16);
+        let store = Arc::new(MemStore::new());
+        // Segments of one record or so: so many are folded into maps.
+        let size = if mapped { BLOCK } else { 2 << 20 };
+        let mut group = TestGroup::new(store.clone(), size).await;
+        group.commit(&[("disk", BLOCK as u32, &want)]).await;
+        let key = segments(&store).into_iter().nth(2).expect("several segments");
+        store.tamper(&key, None);
+        let path = dir.path().join(format!("x{mapped}"));
+        let error = restore(&group, request(&[text(&path)])).await.expect_err("damaged");
+        assert!(error.is_damage() && error.to_string().contains(key.as_str()), "{error}");
+        assert!(!path.exists(), "it is missed before anything is written");
+        let salvage = Request { on_damage: OnDamage::Salvage, ..request(&[text(&path)]) };
+        let outcome = restore(&group, salvage).await.expect("salvaged");
+        assert!(
+            !outcome.lost.is_empty() && outcome.lost.iter().all(|l| l.object.contains(key.as_str())),
+            "{outcome:?}"
+        );
+        let found = std::fs::read(&path).expect("read");
+        assert_eq!(found.len(), want.len());
+        let differing = found.chunks(BLOCK).zip(want.chunks(BLOCK)).enumerate().filter(|(_, (a, b))| a != b);
+        let differing: Vec<u64> = differing.map(|(i, _)| (i * BLOCK) as u64).collect();
+        assert!(!differing.is_empty() && differing.len() < 500, "{}", differing.len());
+        assert!(differing.iter().all(|at| outcome.lost.iter().any(|l| (l.start..l.end).contains(at))));
+        if mapped {
+            let listed: u64 = outcome.lost.iter().map(|l| l.end - l.start).sum();
+            assert_eq!(listed, (differing.len() * BLOCK) as u64, "not one more is called lost");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_killed_restore_is_continued() {
     let dir = tempfile::tempdir().expect("a folder");
     let want = volume(6);

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use backhaul_cli::{Progress, text};
 use backhaul_protocol::consistency::Consistency;
+use backhaul_protocol::digest::VolumeDigest;
 use backhaul_protocol::ids::{LogSeq, Name};
 use backhaul_protocol::store::log::{PointBody, PointVolume, UnixMillis};
 use backhaul_protocol::wire::message::PointSpec;
@@ -68,6 +69,7 @@ pub(crate) struct Job {
     pub(crate) path: PathBuf,
     pub(crate) volume: ViewVolume,
     survey: Survey,
+    stated: VolumeDigest,
     checked: CheckedTarget,
 }
 
@@ -138,17 +140,25 @@ impl Prepared {
         for (volume, path) in wanted {
             let own = view.volume(volume.slot).expect("a view has all volumes of its point");
             let survey = survey(&view, own, &volume.name, request.on_damage, |n| phase.add(n)).await?;
-            if survey.digest != volume.digest && request.on_damage == OnDamage::Fail {
-                let (found, stated) = (survey.digest, volume.digest);
-                return Err(RestoreError::Index { volume: volume.name.clone(), found, stated });
+            if survey.digest != volume.digest {
+                let error =
+                    RestoreError::Index { volume: volume.name.clone(), found: survey.digest, stated: volume.digest };
+                if request.on_damage == OnDamage::Fail {
+                    return Err(error);
+                }
+                // With a cause that is known already this says nothing new.
+                if survey.lost.is_empty() && damaged.is_empty() {
+                    let key = log.keys().log(record.seq).to_string();
+                    damaged.push(Lost::new(&volume.name, 0..volume.geometry.length(), key, error.to_string()));
+                }
             }
-            surveyed.push((volume.name.clone(), path, own.clone(), survey));
+            surveyed.push((volume, path, own.clone(), survey));
         }
         let missing = missing_segments(log.store(), log.keys(), &view, request.on_damage).await?;
         if !missing.is_empty() && request.on_damage == OnDamage::Fail {
             let mut lost = Vec::new();
-            for (name, _, volume, _) in &surveyed {
-                lost.extend(blocks_in(&view, volume, name, log.keys(), &missing).await?);
+            for (stated, _, volume, _) in &surveyed {
+                lost.extend(blocks_in(&view, volume, &stated.name, log.keys(), &missing).await?);
             }
             if !lost.is_empty() {
                 return Err(RestoreError::Damaged(lost));
@@ -188,11 +198,11 @@ impl Prepared {
                 on_damage: self.request.on_damage,
                 threads: threads.clone(),
             };
-            open.push((restoring, job.survey, job.path));
+            open.push((restoring, job.survey, job.path, job.stated));
         }
         let phase = progress.phase("compare and write", total);
         let mut written = Vec::new();
-        for (restoring, _, _) in &open {
+        for (restoring, ..) in &open {
             let mut done = restoring.write(|n| phase.add(n)).await?;
             done.lost.extend(self.damaged.iter().filter(|l| *l.volume == *restoring.name.as_str()).cloned());
             join_neighbours(&mut done.lost);
@@ -207,25 +217,25 @@ impl Prepared {
         phase.finish();
         let phase = progress.phase("read back and compare", total);
         let mut verified = Vec::new();
-        for ((restoring, survey, _), done) in open.iter().zip(&written) {
+        for ((restoring, survey, ..), done) in open.iter().zip(&written) {
             let own = phase.clone();
             verified.push(restoring.verify(survey, &done.lost, durability, move |n| own.add(n)).await?);
         }
         phase.finish();
         let volumes = open.iter().zip(&written).zip(&verified);
-        let volumes = volumes.map(|(((r, survey, path), w), v)| volume_outcome(r, survey, path, w, v)).collect();
+        let volumes = volumes.map(|(((r, _, path, stated), w), v)| volume_outcome(r, *stated, path, w, v)).collect();
         let head = (&self.request.group, self.point, self.time, self.consistency);
         Ok(outcome(head, durability, self.counting.bytes_read(), written, &verified, volumes, self.started))
     }
 }
 
-fn volume_outcome(r: &Restoring, survey: &Survey, path: &Path, w: &Written, v: &Verified) -> VolumeOutcome {
+fn volume_outcome(r: &Restoring, stated: VolumeDigest, path: &Path, w: &Written, v: &Verified) -> VolumeOutcome {
     VolumeOutcome {
         name: r.name.to_string(),
         target: path.display().to_string(),
         length: r.volume.geometry.length(),
         digest: v.digest.to_string(),
-        expected: survey.digest.to_string(),
+        expected: stated.to_string(),
         bytes_written: w.written,
         lost_blocks: if r.target.is_fresh() { "zero" } else { "left as they were" },
     }
@@ -324,17 +334,17 @@ fn is_same_place(a: &Path, b: &Path) -> bool {
 
 fn check_targets(
     request: &Request,
-    surveyed: Vec<(Name, PathBuf, ViewVolume, Survey)>,
+    surveyed: Vec<(&PointVolume, PathBuf, ViewVolume, Survey)>,
 ) -> Result<Vec<Job>, RestoreError> {
     let mut jobs = Vec::new();
-    for (name, path, volume, survey) in surveyed {
+    for (stated, path, volume, survey) in surveyed {
         let needs = TargetNeeds {
             length: volume.geometry.length(),
             data_bytes: Some(survey.data_bytes),
             ..TargetNeeds::default()
         };
         let checked = check_target(&path, &needs, &request.confirm, request.targets.len())?;
-        jobs.push(Job { name, path, volume, survey, checked });
+        jobs.push(Job { name: stated.name.clone(), path, volume, survey, checked, stated: stated.digest });
     }
     Ok(jobs)
 }

@@ -1,17 +1,22 @@
 //! What is lost when something in the store is damaged: where, why, and how to say it.
 //!
-//! Read first: [`Lost`].
+//! Read first: [`Lost`], then [`open_view`].
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use backhaul_protocol::geometry::{Geometry, PageIndex};
-use backhaul_protocol::ids::Name;
-use backhaul_protocol::store::log::PointBody;
+use backhaul_protocol::ids::{CommitId, Name};
+use backhaul_protocol::record::split_record;
+use backhaul_protocol::store::key::GroupKeys;
+use backhaul_protocol::store::log::{PointBody, PointVolume};
+use backhaul_protocol::store::segment::{DraftBinding, RECORDS_START, SegmentBuilder, SegmentRef, VolumeEntry};
 use serde::Serialize;
 
 use crate::catalog::GroupLog;
 use crate::read_error::ReadError;
-use crate::view::View;
+use crate::store::{Kind, ObjectStore};
+use crate::view::{Loose, MapReader, View, ViewVolume, read_segment_index};
 
 /// Ranges that a text lists; the rest are counted.
 const MAX_LISTED: usize = 8;
@@ -105,8 +110,84 @@ fn list(texts: impl Iterator<Item = String>, count: usize) -> String {
     out
 }
 
-/// Opens a point. With [`OnDamage::Salvage`] what can't be read of its index is left out and listed.
+/// Opens a point. With [`OnDamage::Salvage`] what can't be read of its index is left out and listed: whatever it named
+/// is not known, so that all volumes that it may have named count as lost from end to end where nothing newer is known.
 pub async fn open_view(log: &GroupLog, point: &PointBody, on_damage: OnDamage) -> Result<(View, Vec<Lost>), ReadError> {
-    let _ = on_damage;
-    Ok((View::open(log.store(), log.keys(), point).await?, Vec::new()))
+    let (store, keys) = (log.store(), log.keys());
+    match View::open(store, keys, point).await {
+        Err(e) if on_damage == OnDamage::Salvage && e.is_damage() => {}
+        other => return other.map(|view| (view, Vec::new())),
+    }
+    let mut lost = Vec::new();
+    let mut note = |volumes: &[&PointVolume], e: &ReadError, what: &str| {
+        lost.extend(volumes.iter().map(|v| {
+            let cause = format!("{e}; {what}");
+            Lost::new(&v.name, 0..v.geometry.length(), object_of(e), cause)
+        }));
+    };
+    let mut view = View::default();
+    for v in &point.volumes {
+        let base = match v.base {
+            None => None,
+            Some(reference) => match MapReader::open(store.clone(), keys, reference).await {
+                Ok(map) => Some(Arc::new(map)),
+                Err(e) if e.is_damage() => {
+                    note(&[v], &e, "blocks that changed since this map was written were restored, the others not");
+                    None
+                }
+                Err(e) => return Err(e),
+            },
+        };
+        view.volumes.push(ViewVolume { slot: v.slot, geometry: v.geometry, base });
+    }
+    let all: Vec<&PointVolume> = point.volumes.iter().collect();
+    for reference in &point.deltas {
+        match MapReader::open(store.clone(), keys, *reference).await {
+            Ok(map) => view.deltas.push(Arc::new(map)),
+            Err(e) if e.is_damage() => note(&all, &e, UNKNOWN),
+            Err(e) => return Err(e),
+        }
+    }
+    let mut entries = Vec::new();
+    for reference in &point.segments {
+        match read_segment_index(&**store, keys, reference).await {
+            Ok(index) => entries.extend(index),
+            Err(e) if e.is_damage() => match rebuild_index(&**store, keys, reference).await? {
+                Some(index) => entries.extend(index),
+                None => note(&all, &e, UNKNOWN),
+            },
+            Err(e) => return Err(e),
+        }
+    }
+    view.loose.push(Arc::new(Loose::new(entries)));
+    Ok((view, lost))
+}
+
+const UNKNOWN: &str = "which blocks it held is not known: some blocks may show an older state or zeroes";
+
+/// The index of a segment from its records, which tell it all: `None` unless it is the very one that the point names.
+async fn rebuild_index(
+    store: &dyn ObjectStore,
+    keys: GroupKeys,
+    reference: &SegmentRef,
+) -> Result<Option<Vec<VolumeEntry>>, ReadError> {
+    if reference.id.is_inline() {
+        return Ok(None);
+    }
+    let range = RECORDS_START as u64..u64::from(reference.index_offset);
+    let bytes = match store.get_range(&keys.segment(reference.id), range).await {
+        Ok(bytes) => bytes,
+        Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Corrupt) => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    let mut builder = SegmentBuilder::with_capacity(bytes.len());
+    let mut rest = &bytes[..];
+    while let Ok(Some(split)) = split_record(rest) {
+        builder.push(&split.header, split.payload);
+        rest = split.rest;
+    }
+    let binding = DraftBinding { group: keys.0, base_commit: CommitId([0; 16]) };
+    let sealed = builder.seal(binding, reference.id);
+    let same = rest.is_empty() && sealed.reference.index_digest == reference.index_digest;
+    Ok(same.then_some(sealed.index))
 }

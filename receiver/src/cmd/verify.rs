@@ -1,15 +1,93 @@
-//! `verify`.
+//! `verify`: whether points can be restored, as far as the store is concerned. Writes nothing.
 
-use backhaul_cli::{Exit, Output};
+use std::sync::Arc;
+
+use backhaul_cli::{Exit, Output, text};
+use backhaul_protocol::ids::Name;
+use backhaul_protocol::wire::message::PointSpec;
 use clap::Args;
+use serde::Serialize;
+use tokio::sync::Semaphore;
 
 use super::Context;
+use super::restore::{What, failure, lost_line, parse_what};
+use crate::counting::Counting;
+use crate::rehydrate::RestoreError;
+use crate::restore::parallelism;
+use crate::scrub::{Damage, PointReport, Scrub, Share, verify_point};
 
 /// Options of `verify`.
 #[derive(Args, Clone, Debug)]
-pub struct VerifyArgs {}
+pub struct VerifyArgs {
+    /// Only this; default: the latest point of every group
+    #[arg(value_name = "GROUP[/VOLUME][@POINT]", value_parser = parse_what)]
+    pub what: Option<What>,
+    /// How much of the data is read and hashed; the rest is checked by its index only
+    #[arg(long, default_value = "100%", value_parser = Share::parse, value_name = "PERCENT")]
+    pub read_data: Share,
+}
+
+#[derive(Serialize)]
+struct Verified {
+    points: Vec<PointReport>,
+    bytes_verified: u64,
+    bytes_read: u64,
+    damaged: Vec<Damage>,
+}
 
 /// Runs the command.
-pub async fn run(_args: VerifyArgs, _ctx: &Context, _out: Output) -> anyhow::Result<Exit> {
-    anyhow::bail!("being built")
+pub async fn run(args: VerifyArgs, ctx: &Context, out: Output) -> anyhow::Result<Exit> {
+    let (counting, catalog) = Counting::catalog(ctx.catalog().await?);
+    let (volume, point, groups): (_, _, Vec<Name>) = match args.what {
+        Some(what) => (what.volume, what.point, vec![what.group]),
+        None => (None, PointSpec::Latest, catalog.groups().await?.into_iter().map(|(name, _)| name).collect()),
+    };
+    let mut progress = out.progress(groups.len());
+    let threads = Arc::new(Semaphore::new(parallelism()));
+    let mut result = Verified { points: Vec::new(), bytes_verified: 0, bytes_read: 0, damaged: Vec::new() };
+    let named = groups.len() == 1 && volume.is_some() || point != PointSpec::Latest;
+    for group in groups {
+        let log = catalog.expect_group(&group).await?;
+        if !named && log.points().await?.is_empty() {
+            out.warn(&format!("group {group} has no points yet"));
+            continue;
+        }
+        let (share, volume, threads) = (args.read_data, volume.clone(), threads.clone());
+        let scrub = Scrub { group: group.clone(), log, volume, share, threads };
+        let begin = |seq, total| progress.phase(&format!("{group}@{seq}"), total);
+        let mut report = verify_point(&scrub, point, begin).await.map_err(|e| failure(RestoreError::Fetch(e)))?;
+        result.bytes_verified += report.bytes_verified;
+        result.damaged.append(&mut report.damaged);
+        result.points.push(report);
+    }
+    result.bytes_read = counting.bytes_read();
+    out.result("backhaul.verify/1", &result, &describe(&result));
+    Ok(if result.damaged.is_empty() { Exit::Done } else { Exit::Differ })
+}
+
+fn describe(v: &Verified) -> String {
+    let mut lines = Vec::new();
+    for p in &v.points {
+        lines.push(format!("{}@{} ({}, {})", p.group, p.point, p.time, p.consistency));
+        for own in &p.volumes {
+            let index = if own.digest_matches { "index right" } else { "INDEX DIFFERS from the point's digest" };
+            lines.push(format!(
+                "  {} {}: {index}; {} of {} blocks read, {} right",
+                own.name,
+                text::bytes(own.length),
+                own.blocks_read,
+                own.blocks,
+                text::bytes(own.bytes_verified)
+            ));
+        }
+    }
+    if v.points.is_empty() {
+        lines.push("no points yet".into());
+    } else if v.damaged.is_empty() {
+        lines.push("nothing is damaged".into());
+    } else {
+        lines.push(format!("DAMAGED in {} places:", v.damaged.len()));
+        lines.extend(v.damaged.iter().map(|d| format!("  {}@{}{}", d.group, d.point, lost_line(&d.lost))));
+    }
+    lines.join("\n")
 }
