@@ -5,6 +5,7 @@
 pub mod cmd;
 pub mod config;
 pub mod connection;
+pub mod network_restore;
 pub mod pipeline;
 pub mod protect;
 pub mod replicate;

@@ -13,8 +13,8 @@ use backhaul_volume::{Source, Volume, VolumeError};
 use serde::Serialize;
 
 use crate::plan::restore::{Sums, plan_window, window_pages};
-use crate::rehydrate::RestoreError;
 use crate::restore::{Job, Prepared};
+use crate::restore_error::RestoreError;
 use crate::view::View;
 
 /// What would be done, as it is printed.

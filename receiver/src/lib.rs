@@ -22,6 +22,7 @@ pub mod read_error;
 pub mod read_session;
 pub mod rehydrate;
 pub mod restore;
+pub mod restore_error;
 pub mod round;
 pub mod salvage;
 pub mod scrub;
@@ -29,6 +30,7 @@ pub mod segment_writer;
 pub mod server;
 pub mod session;
 pub mod store;
+pub mod survey;
 #[cfg(test)]
 mod testing;
 pub mod view;

@@ -1,13 +1,13 @@
 //! Restores one volume of a point onto a target: compares, fetches what differs, writes, reads everything back.
 //!
-//! Read first: [`survey`] (before the first write), [`Restoring::write`] and [`Restoring::verify`]. Window by window:
+//! Read first: [`Restoring::write`] and [`Restoring::verify`]. Window by window:
 //! while one is fetched and written the next is compared. Whatever is interrupted is continued by doing it all again.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use backhaul_protocol::digest::{RangeDigest, VolumeDigest, VolumeDigester};
+use backhaul_protocol::digest::VolumeDigest;
 use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::ids::Name;
 use backhaul_protocol::store::entry::Page;
@@ -17,134 +17,18 @@ use backhaul_volume::target::{Durability, Target, TargetError};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::fetch::{FetchError, Fetched, Fetcher, Purpose};
+use crate::fetch::{Fetched, Fetcher, Purpose};
 use crate::plan::restore::{Sums, plan_window, window_pages};
-use crate::read_error::ReadError;
+use crate::restore_error::RestoreError;
 use crate::salvage::{Lost, OnDamage, join_neighbours, page_range};
 use crate::store::ObjectStore;
+use crate::survey::Survey;
 use crate::view::{View, ViewVolume};
 
 /// Windows that are compared ahead of the one that is written.
 const AHEAD: usize = 2;
 /// Pages that are looked at closely when the digests differ at the end: enough to say what happened.
 const MAX_EXPLAINED: usize = 64;
-
-/// How a restore fails.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// The store can't be read.
-    #[error(transparent)]
-    Read(#[from] ReadError),
-    /// The target can't be read or written.
-    #[error(transparent)]
-    Target(#[from] TargetError),
-    /// Fetching failed as a whole.
-    #[error(transparent)]
-    Fetch(#[from] FetchError),
-    /// What was asked for makes no sense.
-    #[error("{0}")]
-    Request(String),
-    /// What is needed is damaged or gone.
-    #[error("damaged: {}", crate::salvage::describe(.0))]
-    Damaged(Vec<Lost>),
-    /// What was read back is not what the point holds.
-    #[error(
-        "volume {volume}: what was read back from the target differs from the point at {}",
-        crate::salvage::describe_ranges(.ranges)
-    )]
-    Differs {
-        /// Which volume.
-        volume: Name,
-        /// Where, in bytes; as far as it was looked at.
-        ranges: Vec<Range<u64>>,
-    },
-    /// The point's own index does not add up to the digest that it states.
-    #[error("volume {volume}: the index of the point has digest {found}, and the point states {stated}")]
-    Index {
-        /// Which volume.
-        volume: Name,
-        /// What the index adds up to.
-        found: VolumeDigest,
-        /// What the agent stated.
-        stated: VolumeDigest,
-    },
-}
-
-impl RestoreError {
-    /// Whether the same restore may go better later without anybody doing anything.
-    pub fn is_retryable(&self) -> bool {
-        match self {
-            Self::Read(e) => e.is_retryable(),
-            Self::Target(e) => e.is_retryable(),
-            Self::Fetch(e) => e.is_retryable(),
-            Self::Request(_) | Self::Damaged(_) | Self::Differs { .. } | Self::Index { .. } => false,
-        }
-    }
-    /// Whether data are damaged or differ.
-    pub fn is_damage(&self) -> bool {
-        match self {
-            Self::Read(e) | Self::Fetch(FetchError::Read(e)) => e.is_damage(),
-            Self::Damaged(_) | Self::Differs { .. } | Self::Index { .. } => true,
-            Self::Target(_) | Self::Fetch(_) | Self::Request(_) => false,
-        }
-    }
-}
-
-/// What the point's index says of a volume.
-#[derive(Clone, Debug)]
-pub struct Survey {
-    /// Range digests of all pages; zero where the page's index can't be read.
-    pub ranges: Vec<RangeDigest>,
-    /// What they add up to.
-    pub digest: VolumeDigest,
-    /// Bytes of the blocks that are not zero; an upper bound.
-    pub data_bytes: u64,
-    /// Pages whose index can't be read; none unless that is tolerated.
-    pub lost: Vec<Lost>,
-}
-
-/// Reads the index of a whole volume: everything that is known before a payload is read.
-pub async fn survey(
-    view: &View,
-    volume: &ViewVolume,
-    name: &Name,
-    on_damage: OnDamage,
-    progress: impl Fn(u64),
-) -> Result<Survey, ReadError> {
-    let geometry = volume.geometry;
-    let mut ranges = Vec::with_capacity(geometry.pages() as usize);
-    let (mut data_bytes, mut lost) = (0, Vec::new());
-    for page in (0..geometry.pages()).map(PageIndex) {
-        match survey_page(view, volume, page).await {
-            Ok((range, blocks)) => {
-                ranges.push(range);
-                data_bytes += (blocks * u64::from(geometry.block_size())).min(geometry.page_len(page));
-            }
-            Err(e) if on_damage == OnDamage::Salvage && e.is_damage() => {
-                ranges.push(RangeDigest::ZERO);
-                lost.push(Lost::page(name, geometry, page, &e));
-            }
-            Err(e) => return Err(e),
-        }
-        progress(geometry.page_len(page));
-    }
-    let digest = VolumeDigester::of(geometry, &ranges);
-    Ok(Survey { ranges, digest, data_bytes, lost })
-}
-
-/// Range digest and number of data blocks of a page, from the base map's row where nothing is newer.
-async fn survey_page(view: &View, volume: &ViewVolume, index: PageIndex) -> Result<(RangeDigest, u64), ReadError> {
-    let last = index.0 + 1 == volume.geometry.pages();
-    if !last && !view.is_changed(volume.slot, index).await? {
-        let row = match &volume.base {
-            Some(base) => base.row(volume.slot, index).await?,
-            None => None,
-        };
-        return Ok(row.map_or((RangeDigest::ZERO, 0), |r| (r.range_digest, u64::from(r.entries))));
-    }
-    let digests = view.page(volume, index).await?.digests();
-    Ok((RangeDigest::of(&digests), digests.iter().filter(|d| !d.is_zero()).count() as u64))
-}
 
 /// One volume of a point, and where it goes.
 #[derive(Clone)]

@@ -13,8 +13,10 @@ use bytes::Bytes;
 
 use super::*;
 use crate::dry_run::dry_run;
+use crate::read_error::ReadError;
 use crate::restore::{Outcome, Prepared, Request};
 use crate::store::mem::MemStore;
+use crate::survey::survey;
 use crate::testing::{TestGroup, noise};
 
 const BLOCK: usize = 16 << 10;

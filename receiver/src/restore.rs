@@ -15,7 +15,8 @@ use backhaul_protocol::digest::VolumeDigest;
 use backhaul_protocol::ids::{LogSeq, Name};
 use backhaul_protocol::store::log::{PointBody, PointVolume, UnixMillis};
 use backhaul_protocol::wire::message::PointSpec;
-use backhaul_volume::target::{CheckedTarget, Durability, Refusal, Target, TargetError, TargetNeeds};
+use backhaul_volume::aim;
+use backhaul_volume::target::{CheckedTarget, Durability, Target, TargetError, TargetNeeds};
 use serde::Serialize;
 use tokio::sync::Semaphore;
 
@@ -23,8 +24,10 @@ use crate::catalog::{Catalog, GroupLog};
 use crate::counting::Counting;
 use crate::reachable::{blocks_in, missing_segments};
 use crate::read_error::ReadError;
-use crate::rehydrate::{RestoreError, Restoring, Survey, Verified, Written, survey};
+use crate::rehydrate::{Restoring, Verified, Written};
+use crate::restore_error::RestoreError;
 use crate::salvage::{Lost, OnDamage, join_neighbours};
+use crate::survey::{Survey, survey};
 use crate::view::{View, ViewVolume};
 
 /// What is wanted.
@@ -293,43 +296,9 @@ fn match_targets<'a>(request: &Request, point: &'a PointBody) -> Result<Vec<(&'a
             })?],
             None => point.volumes.iter().collect(),
         };
-    let wrong = |text: String| Err(RestoreError::Request(text));
-    let mut left = wanted.clone();
-    let mut out = Vec::new();
-    for typed in &request.targets {
-        let named = typed.split_once('=').and_then(|(name, path)| {
-            let at = left.iter().position(|v| v.name.as_str() == name)?;
-            Some((left.remove(at), path))
-        });
-        match named {
-            Some((volume, path)) => out.push((volume, PathBuf::from(path))),
-            None if wanted.len() == 1 && left.len() == 1 => out.push((left.remove(0), PathBuf::from(typed))),
-            None => return wrong(format!("--to {typed}: want --to NAME=TARGET, each of {} once", names())),
-        }
-    }
-    if !left.is_empty() {
-        let missing = left.iter().map(|v| v.name.to_string()).collect::<Vec<_>>().join(", ");
-        return wrong(format!("no target for {missing}: add --to NAME=TARGET, or restore one volume as GROUP/VOLUME"));
-    }
-    for (i, (_, path)) in out.iter().enumerate() {
-        if out[..i].iter().any(|(_, other)| is_same_place(other, path)) {
-            return wrong(format!("{} is named for two volumes", path.display()));
-        }
-    }
-    Ok(out)
-}
-
-fn is_same_place(a: &Path, b: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let id = |p: &Path| std::fs::metadata(p).ok().map(|m| (m.dev(), m.ino(), m.rdev()));
-    // What is not there yet is in a folder that is.
-    let whole =
-        |p: &Path| p.parent().and_then(|f| f.join(".").canonicalize().ok()).zip(p.file_name().map(ToOwned::to_owned));
-    match (id(a), id(b)) {
-        (Some(a), Some(b)) => a == b,
-        (None, None) => a == b || (whole(a).is_some() && whole(a) == whole(b)),
-        _ => false,
-    }
+    let names: Vec<&str> = wanted.iter().map(|v| v.name.as_str()).collect();
+    let matched = aim::match_targets(&names, &request.targets).map_err(RestoreError::Request)?;
+    Ok(matched.into_iter().map(|(i, path)| (wanted[i], path)).collect())
 }
 
 fn check_targets(
@@ -343,30 +312,8 @@ fn check_targets(
             data_bytes: Some(survey.data_bytes),
             ..TargetNeeds::default()
         };
-        let checked = check_target(&path, &needs, &request.confirm, request.targets.len())?;
+        let checked = aim::check_confirmed(&path, &needs, &request.confirm, request.targets.len())?;
         jobs.push(Job { name: stated.name.clone(), path, volume, survey, checked, stated: stated.digest });
     }
     Ok(jobs)
-}
-
-/// Tries each of the confirmations: one that names another target is no mistake where there are several.
-pub fn check_target(
-    path: &Path,
-    needs: &TargetNeeds,
-    confirm: &[String],
-    targets: usize,
-) -> Result<CheckedTarget, TargetError> {
-    let with =
-        |confirm: Option<&String>| Target::check(path, &TargetNeeds { confirm: confirm.cloned(), ..needs.clone() });
-    let mut refused = None;
-    for given in confirm {
-        match with(Some(given)) {
-            Err(e @ TargetError::Refused { why: Refusal::WrongConfirmation { .. }, .. }) => refused = Some(e),
-            other => return other,
-        }
-    }
-    match refused {
-        Some(e) if targets == 1 => Err(e),
-        _ => with(None),
-    }
 }

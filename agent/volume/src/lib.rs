@@ -7,6 +7,7 @@
 //! What this crate never does: hash, compress, talk to a network, or decide what to read. All `unsafe` of the project
 //! is here, in `sys` (system calls that rustix lacks) and [`mapped`]; every other crate denies it.
 
+pub mod aim;
 pub mod buffer;
 mod direct;
 pub mod durable;

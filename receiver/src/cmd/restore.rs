@@ -10,8 +10,8 @@ use clap::{Args, ValueEnum};
 use super::Context;
 use crate::dry_run::dry_run;
 use crate::fetch::FetchError;
-use crate::rehydrate::RestoreError;
 use crate::restore::{Outcome, Prepared, Request};
+use crate::restore_error::RestoreError;
 use crate::salvage::{Lost, OnDamage};
 
 /// How the target is read back at the end.

@@ -12,8 +12,8 @@ use tokio::sync::Semaphore;
 use super::Context;
 use super::restore::{What, failure, lost_line, parse_what};
 use crate::counting::Counting;
-use crate::rehydrate::RestoreError;
 use crate::restore::parallelism;
+use crate::restore_error::RestoreError;
 use crate::scrub::{Damage, PointReport, Scrub, Share, verify_point};
 
 /// Options of `verify`.
