@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Installs what building and testing need on Debian: a C compiler for the crypto library, the tools of the
+# file systems that the tests make, cargo-nextest. Run again it installs nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+as_root() { if [[ $(id -u) == 0 ]]; then "$@"; elif command -v sudo >/dev/null; then sudo "$@"; else return 127; fi; }
+
+# mke2fs and friends lie in folders that are not in every user's PATH.
+export PATH="$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin"
+
+declare -A package=([cc]=build-essential [mke2fs]=e2fsprogs [debugfs]=e2fsprogs [mkfs.ext4]=e2fsprogs [mkfs.xfs]=xfsprogs [losetup]=mount
+                    [partx]=util-linux [mount]=mount)
+wanted=(cc mke2fs debugfs)
+[[ ${1:-} == --build-only ]] || wanted+=(mkfs.ext4 mkfs.xfs losetup partx mount)
+missing=()
+for tool in "${wanted[@]}"; do
+  command -v "$tool" >/dev/null || missing+=("${package[$tool]}")
+done
+if ((${#missing[@]})); then
+  echo "installing ${missing[*]}"
+  if command -v apt-get >/dev/null; then
+    as_root apt-get update -q && as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qy "${missing[@]}" ||
+      { echo "could not install ${missing[*]}: install them as root and come again" >&2; exit 1; }
+  else
+    echo "install these with your system's package manager and come again: ${missing[*]}" >&2
+    exit 1
+  fi
+fi
+command -v cargo >/dev/null || { echo "Rust is missing: https://rustup.rs" >&2; exit 1; }
+[[ ${1:-} == --build-only ]] && exit 0
+if ! cargo nextest --version >/dev/null 2>&1; then
+  echo "installing cargo-nextest"
+  cargo install --locked --quiet cargo-nextest
+fi

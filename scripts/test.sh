@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Sets up and runs everything that must hold: format, lints, unit tests, end-to-end tests, documentation tests.
+# Tests that need root say so and are skipped; as root nothing may be skipped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin"
+step() { printf '\n== %s\n' "$*"; }
+
+step "set up"
+scripts/setup-tests.sh
+for component in rustfmt clippy; do
+  cargo "${component/rustfmt/fmt}" --version >/dev/null 2>&1 || rustup component add "$component"
+done
+
+step "format"
+cargo fmt --all --check
+step "lints"
+cargo clippy --workspace --all-targets --locked -- -D warnings
+step "build"
+# The end-to-end tests start these.
+cargo build --locked -p backhaul-agent -p backhaul-receiver
+cargo nextest run --workspace --locked --no-run
+
+step "test"
+if [[ $(id -u) == 0 ]]; then
+  export BACKHAUL_REQUIRE_ALL=${BACKHAUL_REQUIRE_ALL:-1}
+else
+  echo "SKIPPED: not root, so the tests on loop devices and small disks do not run; run this as root for all of them"
+fi
+cargo nextest run --workspace --locked
+step "documentation tests"
+cargo test --workspace --locked --doc --quiet
+step "all is well"
