@@ -1,15 +1,123 @@
-//! `restore`.
+//! `restore`: volumes of a point onto this server's files and devices, over the network.
 
-use backhaul_cli::{Exit, Output};
-use clap::Args;
+use backhaul_cli::{Exit, Failure, Output, text};
+use backhaul_protocol::ids::Name;
+use backhaul_protocol::wire::message::{CloseCode, PointSpec};
+use backhaul_volume::target::Durability;
+use clap::{Args, ValueEnum};
 
 use super::Context;
+use crate::connection::{Connected, connect};
+use crate::network_restore::{RestoreError, RestoreReport, RestoreRequest, restore};
+
+/// How the target is read back at the end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Verify {
+    /// Flushed, and read back from the device, past the cache
+    Device,
+    /// Read back through the cache: faster, and a power cut may still lose it
+    Cached,
+}
 
 /// Options of `restore`.
 #[derive(Args, Clone, Debug)]
-pub struct RestoreArgs {}
+pub struct RestoreArgs {
+    /// VOLUME, @POINT or VOLUME@POINT: `latest` (default), a number, or a time; without a volume all of them
+    #[arg(value_name = "[VOLUME][@POINT]", value_parser = parse_what)]
+    pub what: Option<What>,
+    /// Device or file to restore to; of several volumes NAME=TARGET for each
+    #[arg(long = "to", value_name = "TARGET", required = true)]
+    pub to: Vec<String>,
+    /// How to read back what was written
+    #[arg(long, value_enum, default_value = "device")]
+    pub verify: Verify,
+    /// Serial or name of a device that has content and may be overwritten
+    #[arg(long = "confirm-target", value_name = "NAME_OR_SERIAL")]
+    pub confirm_target: Vec<String>,
+}
+
+/// `[VOLUME][@POINT]`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct What {
+    /// Which volume; `None` means all.
+    pub volume: Option<Name>,
+    /// Which point.
+    pub point: PointSpec,
+}
+
+fn parse_what(typed: &str) -> Result<What, String> {
+    let (volume, point) = text::split_point(typed)?;
+    let volume = if volume.is_empty() { None } else { Some(volume.parse::<Name>().map_err(|e| e.to_string())?) };
+    Ok(What { volume, point })
+}
 
 /// Runs the command.
-pub async fn run(_args: RestoreArgs, _ctx: &Context, _out: Output) -> anyhow::Result<Exit> {
-    anyhow::bail!("being built")
+pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Result<Exit> {
+    let state = ctx.state();
+    let joined = state.expect_joined()?;
+    let what = args.what.unwrap_or(What { volume: None, point: PointSpec::Latest });
+    let request = RestoreRequest {
+        volume: what.volume,
+        point: what.point,
+        targets: args.to,
+        confirm: args.confirm_target,
+        // Whatever this server replicates is never a target, mounted or not.
+        refuse: state.volumes()?.into_iter().map(|v| v.path).collect(),
+        durability: match args.verify {
+            Verify::Device => Durability::Device,
+            Verify::Cached => Durability::Cached,
+        },
+    };
+    let wants_device = args.verify == Verify::Device;
+    let Connected { endpoint, connection, sender, receiver } =
+        connect(&state, &joined, ctx.config.receiver.as_deref()).await?;
+    let mut progress = out.progress(4);
+    let report = restore(&connection, (sender, receiver), request, &mut progress, |w| out.warn(w)).await;
+    endpoint.close(CloseCode::Done, "").await;
+    let report = report.map_err(failure)?;
+    if wants_device && report.verified != "device" {
+        out.warn("the target's file system has no device beneath it: what was read back came from memory");
+    }
+    out.result("backhaul.restore/1", &report, &describe(&report));
+    Ok(Exit::Done)
+}
+
+/// The error with the exit code that is true of it.
+fn failure(error: RestoreError) -> anyhow::Error {
+    let text = error.to_string();
+    match error {
+        // Unwrapped, so that what they mean is found by their type.
+        RestoreError::Transport(e) => e.into(),
+        RestoreError::Refused(e) => e.into(),
+        RestoreError::Target(e) => e.into(),
+        RestoreError::Protocol(_) | RestoreError::Stream(_) => Failure::new(Exit::Failure, "E_PROTO", text).into(),
+        RestoreError::Silent(_) => Failure::new(Exit::Network, "E_NETWORK", text).into(),
+        RestoreError::Request(_) => Failure::new(Exit::Usage, "E_USAGE", text).into(),
+        RestoreError::NotFound(_) => Failure::new(Exit::NotFound, "E_NOTFOUND", text).into(),
+        RestoreError::Setup(_) => Failure::new(Exit::Failure, "E_FAILURE", text).into(),
+        RestoreError::Record { .. } | RestoreError::Index { .. } => Failure::new(Exit::Differ, "E_DAMAGED", text)
+            .next("on the receiver: backhaul-receiver verify tells what is damaged, restore --salvage saves the rest")
+            .into(),
+        RestoreError::Differs { .. } => Failure::new(Exit::Differ, "E_DIFFER", text)
+            .next("run the restore again; if it differs again, do not trust the target's disk")
+            .into(),
+    }
+}
+
+fn describe(r: &RestoreReport) -> String {
+    let b = text::bytes;
+    let mut lines = vec![format!("restored point {} ({}, {})", r.point, r.time, r.consistency)];
+    for v in &r.volumes {
+        lines.push(format!("  {} to {}: digest {}", v.name, v.target, v.digest));
+    }
+    lines.push(format!(
+        "  {} read to compare, {} fetched, {} written, {} read back and equal (verified: {}), in {}",
+        b(r.bytes_read),
+        b(r.bytes_fetched),
+        b(r.bytes_written),
+        b(r.bytes_verified),
+        r.verified,
+        text::duration(std::time::Duration::from_secs_f64(r.seconds))
+    ));
+    lines.join("\n")
 }
