@@ -316,15 +316,30 @@ impl Session {
             return Err(refusal(Reason::Denied, "this agent joined with a restore-only token: it can't write"));
         }
         self.leave().await;
-        self.slot.take_over(self.superseded.clone());
-        let wait = tokio::time::timeout(Duration::from_secs(20), self.slot.state.clone().lock_owned());
-        let busy = |_| refusal(Reason::Busy, "an older session of this group is still finishing a commit: come again");
-        let mut state = wait.await.map_err(busy)?;
+        let mut state = self.group_state(&open).await?;
         let (round, opened) = Round::open(&mut state, &mut self.sink, &open, &self.shared.resources).await?;
+        self.slot.take_over(self.superseded.clone());
         self.mode = Mode::Writing { round: Box::new(round), state };
         self.reply(ReceiverMessage::Opened(Box::new(opened))).await;
         self.note_seen().await;
         Ok(())
+    }
+
+    /// The group's state, taken over from an older session if there is one. An agent that may not write takes over
+    /// nothing: a booted copy must not disturb the server that it was made from.
+    async fn group_state(
+        &self,
+        open: &backhaul_protocol::wire::message::Open,
+    ) -> Result<OwnedMutexGuard<GroupState>, Refusal> {
+        if let Ok(state) = self.slot.state.clone().try_lock_owned() {
+            return Ok(state);
+        }
+        let (head, _) = self.shared.catalog.log(self.identity.group).head().await.map_err(|e| e.refusal())?;
+        Sink::new(self.sink.peer()).open(&head, open)?;
+        self.slot.take_over(self.superseded.clone());
+        let wait = tokio::time::timeout(Duration::from_secs(20), self.slot.state.clone().lock_owned());
+        let busy = |_| refusal(Reason::Busy, "an older session of this group is still finishing a commit: come again");
+        wait.await.map_err(busy)
     }
 
     fn view(&self) -> Result<&View, Refusal> {

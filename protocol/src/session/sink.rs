@@ -158,6 +158,11 @@ impl Sink {
         Self { peer, state: State::Waiting }
     }
 
+    /// Whose session it is.
+    pub fn peer(&self) -> Peer {
+        self.peer
+    }
+
     /// Whether records may come in.
     pub fn is_taking(&self) -> bool {
         matches!(self.state, State::Taking(_))
