@@ -32,7 +32,9 @@ pub struct Presence {
 #[derive(Debug, thiserror::Error)]
 pub enum PresenceError {
     /// Another receiver serves the store.
-    #[error("another receiver served this store {0:?} ago, and the store can take only one: it has no atomic conditional write")]
+    #[error(
+        "another receiver served this store {0:?} ago, and the store can take only one: it has no atomic conditional write"
+    )]
     Taken(Duration),
     /// The store.
     #[error(transparent)]
