@@ -15,6 +15,7 @@ use aws_sdk_s3::config::{
 use backhaul_protocol::limits::MAX_SEGMENT_SIZE;
 
 use super::S3Store;
+use super::errors::chain_text;
 use crate::store::{Kind, S3Settings, S3Url, StoreError, Verb};
 
 /// Signs requests to servers that have no regions.
@@ -134,7 +135,7 @@ async fn find_credentials(
     };
     match tokio::time::timeout(CHAIN_LIMIT, find).await {
         Ok(Ok(chain)) => Ok(SharedCredentialsProvider::new(chain)),
-        Ok(Err(error)) => Err(missing().because(error)),
+        Ok(Err(error)) => Err(missing().because(chain_text(&error))),
         Err(elapsed) => Err(missing().because(elapsed)),
     }
 }

@@ -147,7 +147,7 @@ fn unreachable(at: &str, cause: &str) -> String {
 }
 
 /// An error of the SDK with everything below it on one line: its own text says little ("dispatch failure").
-fn chain_text(error: &dyn Error) -> String {
+pub(super) fn chain_text(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
@@ -158,5 +158,6 @@ fn chain_text(error: &dyn Error) -> String {
         }
         next = cause.source();
     }
-    text
+    // Some are lists with a line for each thing that was tried.
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
