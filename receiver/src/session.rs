@@ -422,7 +422,12 @@ impl Session {
             biased;
             committed = round.commit(&mut state, &mut self.sink, self.identity.agent, commit, now) => committed,
             () = accept => unreachable!("accepting never ends"),
-        }?;
+        };
+        if committed.is_err() {
+            // Whatever was thought to be known may be why: the next round reads it from the store again.
+            state.forget();
+        }
+        let committed = committed?;
         let (log, hint) = (state.log().clone(), self.slot.hint_is_due());
         drop(state);
         self.reply(ReceiverMessage::Committed(committed)).await;

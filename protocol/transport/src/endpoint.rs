@@ -28,6 +28,8 @@ pub const MAX_BLOCK_STREAMS: u32 = 32;
 const SOCKET_BUFFER: usize = 4 << 20;
 /// A peer that is gone is noticed after this long.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Enough for the endpoint's thread to send what it has to send.
+const GOODBYE: Duration = Duration::from_millis(20);
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
 /// Memory that one connection may take: credit for what the peer sends, and what we send and is not acknowledged.
@@ -126,10 +128,11 @@ impl Endpoint {
         Ok(self.inner.connect_with(config, address, SERVER_NAME)?.await?)
     }
 
-    /// Closes all connections and waits until the peers know, at most two seconds.
+    /// Closes all connections and lets the peers know. The goodbye goes out at once; waiting for more than that is
+    /// waiting for the time that late packets are answered in, which is a matter of politeness.
     pub async fn close(&self, code: CloseCode, text: &str) {
         self.inner.close(VarInt::from_u32(code as u32), text.as_bytes());
-        let _ = tokio::time::timeout(Duration::from_secs(2), self.inner.wait_idle()).await;
+        let _ = tokio::time::timeout(GOODBYE, self.inner.wait_idle()).await;
     }
 
     /// The runtime of the endpoint's thread: for what must not be kept waiting.
