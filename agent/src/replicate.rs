@@ -299,7 +299,7 @@ impl Round<'_> {
         let pieces = sender.pieces.clone();
         let mut scanner = Scanner::start(self.threads, shared.clone(), pieces).map_err(RoundError::Threads)?;
         let mut sum = Summing::new(planned, self.progress.clone());
-        let mut feeder = Feeder::new(planned);
+        let mut feeder = Feeder::new(planned, self.threads);
         let jobs = std::mem::replace(&mut scanner.jobs, mpsc::channel(1).0);
         let mut jobs = Some(jobs);
         while !sum.is_complete() {
@@ -314,7 +314,7 @@ impl Round<'_> {
                 biased;
                 error = sender.failed() => return Err(SessionError::from(error).into()),
                 scanned = scanner.scanned.recv() => match scanned {
-                    Some(scanned) => sum.add(scanned?),
+                    Some(scanned) => scanned?.into_iter().for_each(|s| sum.add(s)),
                     None => return Err(ScanError::Stopped.into()),
                 },
                 permit = reserve(&jobs), if ready => {
@@ -395,9 +395,10 @@ impl Round<'_> {
 /// A commit whose answer was lost: the head tells whether it exists.
 fn learn_outcome(writer: &mut WriterState, opened: &Opened) {
     if let Some((commit, nonce)) = writer.pending.take()
-        && opened.head_commit == commit {
-            writer.nonce = Some(nonce);
-        }
+        && opened.head_commit == commit
+    {
+        writer.nonce = Some(nonce);
+    }
     writer.high_water = writer.high_water.max(opened.head);
 }
 
@@ -421,16 +422,20 @@ async fn reserve(jobs: &Option<mpsc::Sender<Job>>) -> Option<mpsc::Permit<'_, Jo
 /// Gives pages in order, asking for those that must be compared block by block a little ahead.
 struct Feeder<'a> {
     planned: &'a [PlannedVolume],
+    /// Pages of one job.
+    batch: usize,
     /// Next page to look at.
     next: (usize, u64),
     /// Pages in order; those without an answer yet are `None`.
     window: VecDeque<(usize, PageIndex, Option<HeldPage>)>,
-    unanswered: usize,
 }
 
 impl<'a> Feeder<'a> {
-    fn new(planned: &'a [PlannedVolume]) -> Self {
-        Self { planned, next: (0, 0), window: VecDeque::new(), unanswered: 0 }
+    fn new(planned: &'a [PlannedVolume], threads: usize) -> Self {
+        let pages: u64 = planned.iter().map(|p| p.scan.geometry.pages()).sum();
+        // Small volumes page by page, so that all threads have work to the end.
+        let batch = (pages / (threads as u64 * 32)).clamp(1, QUESTIONS as u64) as usize;
+        Self { planned, batch, next: (0, 0), window: VecDeque::new() }
     }
 
     fn ask(&mut self, session: &mut Session) {
@@ -446,7 +451,6 @@ impl<'a> Feeder<'a> {
             if held.is_none() {
                 let (machine, now) = session.machine();
                 machine.ask_page(now, volume.opened.slot, page);
-                self.unanswered += 1;
             }
             self.window.push_back((self.next.0, page, held));
         }
@@ -462,7 +466,6 @@ impl<'a> Feeder<'a> {
             .find(|(v, p, held)| held.is_none() && *p == page && self.planned[*v].opened.slot == volume);
         let slot = waiting.ok_or(SourceError::Protocol("an answer to no question"))?;
         slot.2 = Some(HeldPage::Digests { digests: held.digests, draft: held.draft });
-        self.unanswered -= 1;
         Ok(())
     }
 
@@ -470,9 +473,16 @@ impl<'a> Feeder<'a> {
         self.window.front().is_some_and(|(_, _, held)| held.is_some())
     }
 
+    /// The next pages that are known, of one volume.
     fn take(&mut self) -> Option<Job> {
-        let (volume, page, held) = self.window.pop_front()?;
-        Some(Job { volume: self.planned[volume].scan.clone(), page, held: held? })
+        let volume = self.window.front()?.0;
+        let mut pages = Vec::with_capacity(self.batch);
+        while pages.len() < self.batch && self.window.front().is_some_and(|(v, _, held)| *v == volume && held.is_some())
+        {
+            let (_, page, held) = self.window.pop_front()?;
+            pages.push((page, held?));
+        }
+        Some(Job { volume: self.planned[volume].scan.clone(), pages })
     }
 
     fn is_done(&self) -> bool {

@@ -65,7 +65,7 @@ pub enum HeldPage {
     AsIndexed,
     /// Nothing but zeroes, and no draft.
     Zero,
-    /// Not known block by block, but this is its range digest: if the page still has it, nothing is to be sent.
+    /// As the receiver told.
     Digests {
         /// Of every block.
         digests: Vec<BlockDigest>,
@@ -74,14 +74,13 @@ pub enum HeldPage {
     },
 }
 
-/// A page to scan.
+/// Pages to scan, one after the other: several at once in large volumes, where waking a thread for each page would cost
+/// more than looking at it.
 pub struct Job {
     /// Which volume.
     pub volume: Arc<ScanVolume>,
-    /// Which page.
-    pub page: PageIndex,
-    /// What the receiver has.
-    pub held: HeldPage,
+    /// Which pages, and what the receiver has of each.
+    pub pages: Vec<(PageIndex, HeldPage)>,
 }
 
 /// A page that was scanned; what differs is with the sender.
@@ -120,7 +119,7 @@ pub struct Scanner {
     /// Pages go in here.
     pub jobs: mpsc::Sender<Job>,
     /// And come out here, in about the same order.
-    pub scanned: mpsc::Receiver<Result<Scanned, ScanError>>,
+    pub scanned: mpsc::Receiver<Result<Vec<Scanned>, ScanError>>,
     shared: Arc<ScanShared>,
     threads: Vec<std::thread::JoinHandle<()>>,
 }
@@ -158,7 +157,7 @@ impl Drop for Scanner {
 
 fn work(
     queue: &Mutex<mpsc::Receiver<Job>>,
-    done: &mpsc::Sender<Result<Scanned, ScanError>>,
+    done: &mpsc::Sender<Result<Vec<Scanned>, ScanError>>,
     records: &mpsc::Sender<Bytes>,
     shared: &ScanShared,
 ) {
@@ -172,7 +171,8 @@ fn work(
     loop {
         let job = queue.blocking_lock().blocking_recv();
         let Some(job) = job else { return };
-        let scanned = worker.scan(job, records, shared);
+        let Job { volume, pages } = job;
+        let scanned = pages.into_iter().map(|(page, held)| worker.scan(&volume, page, held, records, shared)).collect();
         if done.blocking_send(scanned).is_err() {
             return;
         }
@@ -186,8 +186,14 @@ struct Worker {
 }
 
 impl Worker {
-    fn scan(&mut self, job: Job, records: &mpsc::Sender<Bytes>, shared: &ScanShared) -> Result<Scanned, ScanError> {
-        let Job { volume, page, held } = job;
+    fn scan(
+        &mut self,
+        volume: &ScanVolume,
+        page: PageIndex,
+        held: HeldPage,
+        records: &mpsc::Sender<Bytes>,
+        shared: &ScanShared,
+    ) -> Result<Scanned, ScanError> {
         let (held, draft) = match held {
             HeldPage::AsIndexed => (volume.index.page(page), BlockSet::default()),
             HeldPage::Zero => (vec![BlockDigest::ZERO; volume.geometry.page_blocks(page)], BlockSet::default()),

@@ -118,7 +118,7 @@ impl HashIndex {
             if page >= self.geometry.pages() {
                 break;
             }
-            ranges[page as usize] = RangeDigest::of(&self.page(PageIndex(page)));
+            ranges[page as usize] = RangeDigest::of(&self.mapped_page(PageIndex(page)));
             page += 1;
         }
         Ok(ranges)
@@ -142,6 +142,14 @@ impl HashIndex {
 
     /// The digests of a page's blocks.
     pub fn page(&self, page: PageIndex) -> Vec<BlockDigest> {
+        // Holes are not touched: reading them would fill memory with zeroes, 2 GiB for each 4 TiB of sparse volume.
+        if self.range(page) == RangeDigest::ZERO {
+            return vec![BlockDigest::ZERO; self.geometry.page_blocks(page)];
+        }
+        self.mapped_page(page)
+    }
+
+    fn mapped_page(&self, page: PageIndex) -> Vec<BlockDigest> {
         let (at, len) = self.place(page);
         let (digests, _) = self.map[at as usize..at as usize + len].as_chunks::<32>();
         digests.iter().map(|d| BlockDigest(*d)).collect()
