@@ -1,6 +1,11 @@
 //! End to end: the real programs, real QUIC on loopback, real files and devices.
 
+mod bad_input;
 mod devices;
+mod hostile;
+mod identity;
 mod index;
 mod replicate;
+mod restore;
 mod resume;
+mod service;

@@ -41,6 +41,12 @@ impl Loop {
         Self::attach(file)
     }
 
+    /// Attaches a file, to be read only.
+    pub fn read_only(file: &Path) -> Self {
+        let path = tool("losetup", ["--find", "--show", "--read-only", file.to_str().expect("UTF-8")]);
+        Self { path: path.trim().into() }
+    }
+
     /// The device.
     pub fn path(&self) -> &Path {
         &self.path
