@@ -9,6 +9,7 @@ pub mod device;
 pub mod faults;
 pub mod fixture;
 pub mod image;
+pub mod inside;
 pub mod network;
 pub mod process;
 pub mod s3;

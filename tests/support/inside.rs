@@ -1,0 +1,185 @@
+//! Both libraries in one process with real QUIC in between: for tests that must hold the store in their hands.
+//!
+//! Read first: [`Inside`].
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use backhaul_agent::cmd::Context;
+use backhaul_agent::config::{Config, PlaceArgs};
+use backhaul_agent::connection::{Session, connect};
+use backhaul_agent::protect;
+use backhaul_agent::replicate::{CommitWhen, Round, RoundError, RoundReport};
+use backhaul_agent::state::{StateDir, machine_id};
+use backhaul_cli::Output;
+use backhaul_protocol::ids::{LogSeq, Name, RepositoryId};
+use backhaul_protocol::store::checkpoint::{Sharing, StoreFormat};
+use backhaul_protocol::store::fleet::AgentRole;
+use backhaul_protocol::store::key;
+use backhaul_protocol::wire::message::PointSpec;
+use backhaul_receiver::access::{TokenRequest, make_token};
+use backhaul_receiver::catalog::Catalog;
+use backhaul_receiver::restore::{Prepared, Request};
+use backhaul_receiver::salvage::OnDamage;
+use backhaul_receiver::server::{Server, ServerSettings};
+use backhaul_receiver::store::ObjectStore;
+use backhaul_transport::authority::Authority;
+use backhaul_volume::target::Durability;
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::fixture::GROUP;
+
+/// Segments are small, so that small volumes have several.
+const SEGMENT: usize = 2 << 20;
+
+/// An agent's state and a certificate authority in a folder.
+pub struct Inside {
+    dir: tempfile::TempDir,
+    authority: (String, String),
+}
+
+/// A receiver over some store.
+pub struct Receiving {
+    /// Where it listens.
+    pub address: String,
+    stop: watch::Sender<bool>,
+    running: JoinHandle<()>,
+}
+
+impl Receiving {
+    /// Ends it and waits.
+    pub async fn end(self) {
+        let _ = self.stop.send(true);
+        self.running.await.expect("the server does not panic");
+    }
+}
+
+/// Puts the object into an empty store that makes it one.
+pub async fn init(store: &dyn ObjectStore) {
+    let format = StoreFormat { repository: RepositoryId([7; 16]), sharing: Sharing::ManyReceivers };
+    store.put_new(&key::format(), Bytes::from(format.to_bytes())).await.expect("an empty store takes it");
+}
+
+fn name(text: &str) -> Name {
+    text.parse().expect("a legal name")
+}
+
+impl Inside {
+    /// In a temporary folder; `in_memory` where nothing of it needs to survive and fsync is not the point.
+    pub fn new(in_memory: bool) -> Self {
+        let shm = Path::new("/dev/shm");
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("backhaul-test-");
+        let dir = if in_memory && shm.is_dir() { builder.tempdir_in(shm) } else { builder.tempdir() };
+        Self { dir: dir.expect("a folder"), authority: Authority::generate(SystemTime::now()).expect("an authority") }
+    }
+
+    /// A path in the folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Starts a receiver over a store.
+    pub async fn serve(&self, store: Arc<dyn ObjectStore>) -> Receiving {
+        let catalog = Catalog::open(store).await.expect("it is a store");
+        let authority = Authority::from_pem(&self.authority.0, &self.authority.1).expect("just made");
+        let settings = ServerSettings {
+            listen: ([127, 0, 0, 1], 0).into(),
+            segment_size: SEGMENT,
+            memory: 8 * SEGMENT,
+            ..ServerSettings::default()
+        };
+        let server = Server::bind(catalog, authority, settings).expect("a free port");
+        let address = server.local_addr().expect("bound").to_string();
+        let (stop, stopped) = watch::channel(false);
+        Receiving { address, stop, running: tokio::spawn(server.run(stopped)) }
+    }
+
+    fn context(&self, state: &Path) -> Context {
+        let file = self.path("agent.toml");
+        let machine = self.path("machine-id");
+        std::fs::write(&machine, "the first machine").expect("there is room");
+        std::fs::write(&file, format!("machine_id_file = \"{}\"\n", machine.display())).expect("there is room");
+        let place = PlaceArgs { state: Some(state.to_owned()), receiver: None };
+        Context { config: Config::build(Some(&file), &place).expect("right") }
+    }
+
+    fn quiet() -> Output {
+        Output::new(false, true, backhaul_agent::cmd::meaning)
+    }
+
+    /// Joins an agent and protects a volume.
+    pub async fn join(&self, store: Arc<dyn ObjectStore>, receiving: &Receiving, state: &Path, volume: &Path) {
+        let catalog = Catalog::open(store).await.expect("it is a store");
+        let authority = Authority::from_pem(&self.authority.0, &self.authority.1).expect("just made");
+        let request = TokenRequest {
+            group: name(GROUP),
+            role: AgentRole::Writer,
+            ttl: Duration::from_secs(600),
+            address: receiving.address.clone(),
+        };
+        let token = make_token(&catalog, authority.fingerprint(), request, SystemTime::now()).await.expect("a token");
+        let args = backhaul_agent::cmd::join::JoinArgs {
+            token: Some(token.reveal()),
+            token_file: None,
+            token_on_command_line: true,
+        };
+        backhaul_agent::cmd::join::run(args, &self.context(state), Self::quiet()).await.expect("it joins");
+        protect::protect(&StateDir::new(state), &[(name("data"), volume.to_owned())], 65536).expect("it is protected");
+    }
+
+    /// One round of an agent: no second try.
+    pub async fn round(&self, receiving: &Receiving, state: &Path) -> Result<RoundReport, RoundError> {
+        let context = self.context(state);
+        let dir = StateDir::new(state);
+        let joined = dir.expect_joined()?;
+        let (volumes, _) = protect::refresh(&dir).expect("the volume is as it was");
+        let mut session =
+            Session::new(connect(&dir, &joined, Some(&receiving.address)).await.map_err(RoundError::from)?);
+        let round = Round {
+            state: &dir,
+            joined: &joined,
+            machine: machine_id(&context.config.machine_id_file),
+            volumes: &volumes,
+            threads: 2,
+            level: 1,
+            when: CommitWhen::Always,
+            progress: Self::quiet().progress(1).phase("scan", 1),
+        };
+        let report = round.run(&mut session).await;
+        // Also after a failure, so that the receiver does not wait for us.
+        session.close().await;
+        report
+    }
+
+    /// Restores a point from a store and gives its bytes.
+    pub async fn restored(&self, store: Arc<dyn ObjectStore>, point: u64) -> Vec<u8> {
+        let to = self.path("restored.img");
+        // Never onto what is right already.
+        let _ = std::fs::remove_file(&to);
+        let request = Request {
+            group: name(GROUP),
+            volume: Some(name("data")),
+            point: PointSpec::Number(LogSeq(point)),
+            targets: vec![to.display().to_string()],
+            confirm: Vec::new(),
+            durability: Durability::Cached,
+            on_damage: OnDamage::Fail,
+        };
+        let catalog = Catalog::open(store).await.expect("it is a store");
+        let mut progress = Self::quiet().progress(4);
+        let prepared = Prepared::new(catalog, request, &mut progress).await.expect("a committed point can be restored");
+        prepared.run(&mut progress).await.expect("a committed point can be restored");
+        std::fs::read(&to).expect("it was restored")
+    }
+
+    /// Numbers of the points that a store shows.
+    pub async fn points(&self, store: Arc<dyn ObjectStore>) -> Vec<u64> {
+        let catalog = Catalog::open(store).await.expect("it is a store");
+        let log = catalog.expect_group(&name(GROUP)).await.expect("the group is there");
+        log.points().await.expect("the log can be read").iter().map(|p| p.seq.0).collect()
+    }
+}
