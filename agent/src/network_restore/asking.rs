@@ -61,13 +61,18 @@ impl Asking {
         Ok(self.sender.send(message).await?)
     }
 
-    /// The next message; `Sent` is checked against what is still wanted and passed over.
-    pub(super) async fn next(&mut self, incoming: Option<&Incoming>) -> Result<ReceiverMessage, RestoreError> {
+    /// The next message, those first that were put aside.
+    async fn next(&mut self, incoming: Option<&Incoming>) -> Result<ReceiverMessage, RestoreError> {
+        match self.ready.pop_front() {
+            Some(message) => Ok(message),
+            None => self.receive(incoming).await,
+        }
+    }
+
+    /// The next message from the receiver; `Sent` is checked against what is still wanted and passed over.
+    async fn receive(&mut self, incoming: Option<&Incoming>) -> Result<ReceiverMessage, RestoreError> {
         loop {
-            let message = match self.ready.pop_front() {
-                Some(message) => return Ok(message),
-                None => self.inbox.recv().await,
-            };
+            let message = self.inbox.recv().await;
             let message = match message {
                 Some(Ok(Some(message))) => message,
                 Some(Err(e)) => return Err(e.into()),
@@ -160,7 +165,12 @@ impl Asking {
             tokio::select! {
                 biased;
                 permit = &mut permits => return Ok(permit.expect("never closed")),
-                message = self.next(Some(incoming)), if self.ready.len() < QUESTIONS => self.ready.push_back(message?),
+                message = self.receive(Some(incoming)) => {
+                    self.ready.push_back(message?);
+                    if self.ready.len() > QUESTIONS {
+                        return Err(RestoreError::Protocol("more answers than questions"));
+                    }
+                }
                 () = tokio::time::sleep(PATIENCE) => {
                     let now = incoming.lock().bytes;
                     if std::mem::replace(&mut seen, now) == now {
