@@ -27,11 +27,15 @@ fn scan(c: &mut Criterion) {
     group.throughput(Throughput::Bytes(geometry.length()));
     let mut scanner = PageScanner::new(geometry, FILE_READ);
     group.bench_function("page_64MiB", |b| {
-        b.iter(|| scanner.scan::<VolumeError>(&volume, geometry, PageIndex(0), |_, _, _| Ok(())).expect("memory reads"));
+        b.iter(|| {
+            scanner.scan::<VolumeError>(&volume, geometry, PageIndex(0), |_, _, _| Ok(())).expect("memory reads")
+        });
     });
     let zeroes = MemVolume::zeroed(1024 * BLOCK);
     group.bench_function("zero_page_64MiB", |b| {
-        b.iter(|| scanner.scan::<VolumeError>(&zeroes, geometry, PageIndex(0), |_, _, _| Ok(())).expect("memory reads"));
+        b.iter(|| {
+            scanner.scan::<VolumeError>(&zeroes, geometry, PageIndex(0), |_, _, _| Ok(())).expect("memory reads")
+        });
     });
     group.finish();
 }
@@ -77,7 +81,9 @@ fn segment(c: &mut Criterion) {
     group.bench_function("build_and_seal", |b| b.iter(|| black_box(build().seal(BINDING, object(0)).bytes.len())));
     let sealed = build().seal(BINDING, object(0));
     let index = sealed.bytes[sealed.reference.index_offset as usize..].to_vec();
-    group.bench_function("read_index_512", |b| b.iter(|| read_index(&sealed.reference, &index).expect("own bytes").len()));
+    group.bench_function("read_index_512", |b| {
+        b.iter(|| read_index(&sealed.reference, &index).expect("own bytes").len())
+    });
     group.finish();
 }
 
@@ -88,7 +94,11 @@ fn entries(page: u64) -> Vec<Entry> {
         capture: CaptureNumber(page * 1024 + i),
         content: Content::Data {
             digest: BlockDigest([i as u8 | 1; 32]),
-            location: Location { object: object(i as u32 / 700), offset: 160 + (i as u32 % 700) * 22_000, stored_len: 21_000 },
+            location: Location {
+                object: object(i as u32 / 700),
+                offset: 160 + (i as u32 % 700) * 22_000,
+                stored_len: 21_000,
+            },
         },
     };
     (0..1024).map(entry).collect()
@@ -115,7 +125,9 @@ fn plan(c: &mut Criterion) {
     let wanted: Vec<Wanted> = (0..4)
         .flat_map(entries)
         .filter_map(|e| match e.content {
-            Content::Data { digest, location } => Some(Wanted { volume: VolumeSlot(0), block: e.block, digest, location }),
+            Content::Data { digest, location } => {
+                Some(Wanted { volume: VolumeSlot(0), block: e.block, digest, location })
+            }
             Content::Zero => None,
         })
         .collect();

@@ -9,9 +9,11 @@ pub mod status;
 pub mod sync;
 
 use backhaul_cli::{Exit, Meaning};
+use backhaul_volume::durable::LockError;
 
 use crate::config::Config;
 use crate::connection::SessionError;
+use crate::pipeline::scanner::ScanError;
 use crate::protect::ProtectError;
 use crate::replicate::RoundError;
 use crate::state::{StateDir, StateError};
@@ -38,12 +40,10 @@ pub fn meaning(cause: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
                 let next = "on the receiver: backhaul-receiver token --group NAME; here: backhaul-agent join -";
                 (Exit::Config, "E_NOT_JOINED", Some(next.into()))
             }
-            StateError::Locked(_) => (Exit::Busy, "E_BUSY", None),
-            StateError::Write(e) => {
-                let full = std::error::Error::source(e).and_then(|s| s.downcast_ref::<std::io::Error>());
-                let full = full.is_some_and(|e| e.kind() == std::io::ErrorKind::StorageFull);
-                if full { (Exit::NoSpace, "E_NOSPACE", None) } else { (Exit::Config, "E_STATE_DIR", None) }
-            }
+            StateError::Locked(LockError::Held { .. }) => (Exit::Busy, "E_BUSY", None),
+            StateError::Locked(e) => of_state_io(std::error::Error::source(e)),
+            StateError::Write(e) => of_state_io(std::error::Error::source(e)),
+            StateError::Folder { source, .. } => of_state_io(Some(source)),
             _ => (Exit::Config, "E_STATE_DIR", None),
         });
     }
@@ -62,7 +62,7 @@ pub fn meaning(cause: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
         return match error {
             RoundError::State(e) => meaning(e),
             RoundError::Session(e) => meaning(e),
-            RoundError::Volume { source, .. } => Some(of_volume(source)),
+            RoundError::Volume { source, .. } | RoundError::Scan(ScanError::Volume(source)) => Some(of_volume(source)),
             _ => None,
         };
     }
@@ -70,6 +70,16 @@ pub fn meaning(cause: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
         SessionError::State(e) => meaning(e),
         // Their meaning is known to all programs: the chain goes on with them.
         SessionError::Transport(_) | SessionError::Source(_) => None,
+    }
+}
+
+fn of_state_io(cause: Option<&(dyn std::error::Error + 'static)>) -> Meaning {
+    let kind = cause.and_then(|s| s.downcast_ref::<std::io::Error>()).map(std::io::Error::kind);
+    match kind {
+        Some(std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded) => {
+            (Exit::NoSpace, "E_NOSPACE", Some("make room where the state folder is, and run it again".into()))
+        }
+        _ => (Exit::Config, "E_STATE_DIR", None),
     }
 }
 

@@ -4,6 +4,8 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use backhaul_protocol::session::source::{Source, SourceError, SourceOutput};
@@ -25,10 +27,10 @@ const PATIENCE: Duration = Duration::from_secs(120);
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     /// The connection.
-    #[error(transparent)]
+    #[error("{0}")]
     Transport(#[from] TransportError),
     /// The receiver said no, or something wrong, or nothing.
-    #[error(transparent)]
+    #[error("{0}")]
     Source(#[from] SourceError),
     /// The state folder.
     #[error(transparent)]
@@ -141,6 +143,7 @@ pub struct Session {
     machine: Source,
     ready: VecDeque<SourceOutput>,
     started: Instant,
+    message_bytes: [Arc<AtomicU64>; 2],
 }
 
 impl Session {
@@ -148,6 +151,7 @@ impl Session {
     pub fn new(connected: Connected) -> Self {
         let Connected { endpoint, connection, sender, mut receiver } = connected;
         let (forward, inbox) = mpsc::channel(64);
+        let message_bytes = [sender.bytes(), receiver.bytes()];
         // A task of its own: receiving must not be cut off in the middle of a message.
         tokio::spawn(async move {
             loop {
@@ -166,12 +170,18 @@ impl Session {
             machine: Source::new(PATIENCE),
             ready: VecDeque::new(),
             started: Instant::now(),
+            message_bytes,
         }
     }
 
     /// The machine, and what time it is for it.
     pub fn machine(&mut self) -> (&mut Source, Duration) {
         (&mut self.machine, self.started.elapsed())
+    }
+
+    /// Bytes of all messages in both directions so far.
+    pub fn message_bytes(&self) -> u64 {
+        self.message_bytes.iter().map(|b| b.load(Ordering::Relaxed)).sum()
     }
 
     /// A message that is no question.

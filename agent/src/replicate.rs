@@ -38,7 +38,7 @@ const QUESTIONS: usize = 16;
 #[derive(Debug, thiserror::Error)]
 pub enum RoundError {
     /// The session.
-    #[error(transparent)]
+    #[error("{0}")]
     Session(#[from] SessionError),
     /// A volume.
     #[error("volume {name}: {source}")]
@@ -135,7 +135,7 @@ pub struct RoundReport {
     pub bytes_scanned: u64,
     /// Bytes of records that were sent.
     pub bytes_sent: u64,
-    /// Bytes of everything else that was sent or fetched, as far as this program counts them.
+    /// Bytes of all messages, in both directions.
     pub metadata_bytes: u64,
     /// When the look began.
     pub capture_start: UnixMillis,
@@ -174,6 +174,7 @@ impl Round<'_> {
     /// Runs it to its end over an open connection.
     pub async fn run(self, session: &mut Session) -> Result<RoundReport, RoundError> {
         let begun = Instant::now();
+        let messages_before = session.message_bytes();
         let capture_start = unix_millis();
         let openings = self.open_volumes().await?;
         let mut writer = self.state.writer()?;
@@ -203,7 +204,7 @@ impl Round<'_> {
         let volumes = self.volumes.iter().zip(digests);
         Ok(RoundReport {
             head: committed.map_or(opened.head, |c| c.seq),
-            metadata_bytes: scan.metadata_bytes + committed.map_or(0, |c| c.metadata_bytes),
+            metadata_bytes: session.message_bytes() - messages_before,
             committed,
             consistency,
             caveats,
@@ -522,7 +523,6 @@ struct ScanSum {
     records: u64,
     bytes_scanned: u64,
     bytes_sent: u64,
-    metadata_bytes: u64,
     max_capture: CaptureNumber,
 }
 
@@ -585,7 +585,6 @@ impl<'a> Summing<'a> {
             records: self.records,
             bytes_scanned: self.bytes_scanned,
             bytes_sent,
-            metadata_bytes: 0,
             max_capture,
         }
     }

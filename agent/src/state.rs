@@ -50,7 +50,7 @@ pub enum StateError {
         source: std::io::Error,
     },
     /// `sync` or `run` is at work already.
-    #[error("another `sync` or `run` uses this state folder: {0}")]
+    #[error("can't have the state folder for this command alone: {0}")]
     Locked(#[from] LockError),
     /// The key is not usable.
     #[error(transparent)]

@@ -60,6 +60,8 @@ impl HashIndex {
     pub fn open(folder: &Path, volume: VolumeId, geometry: Geometry) -> Result<Self, IndexError> {
         let path = folder.join(volume.to_string());
         let io = |source| IndexError::Io { path: path.clone(), source };
+        // A cache that somebody cleared away is made again.
+        std::fs::create_dir_all(folder).map_err(io)?;
         let file = OpenOptions::new()
             .read(true)
             .write(true)

@@ -81,9 +81,10 @@ impl PageScanner {
     /// The data range that `from` lies in or that comes next, from memory where that is known.
     fn data_from(&mut self, volume: &dyn Volume, from: ByteOffset) -> Result<Option<Range<u64>>, VolumeError> {
         if let Some((data, since)) = &self.data
-            && (*since..data.end).contains(&from.0) {
-                return Ok(Some(data.clone()));
-            }
+            && (*since..data.end).contains(&from.0)
+        {
+            return Ok(Some(data.clone()));
+        }
         let found = volume.next_data(from)?;
         self.data = found.clone().map(|data| (data, from.0));
         Ok(found)

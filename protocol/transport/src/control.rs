@@ -1,6 +1,8 @@
 //! The control stream: a greeting, then frames with one message each.
 
 use std::marker::PhantomData;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use backhaul_protocol::wire::frame::{self, Receivable, Sendable};
 use backhaul_protocol::wire::hello::{self, HELLO_LEN};
@@ -12,19 +14,27 @@ use crate::error::TransportError;
 /// Sends messages of one direction.
 pub struct ControlSender<M> {
     stream: SendStream,
+    bytes: Arc<AtomicU64>,
     message: PhantomData<fn(M)>,
 }
 
 /// Receives messages of the other direction.
 pub struct ControlReceiver<M> {
     stream: RecvStream,
+    bytes: Arc<AtomicU64>,
     message: PhantomData<fn() -> M>,
 }
 
 impl<M: Sendable> ControlSender<M> {
     /// One message. Not cancel safe: a send that is dropped half-way breaks the stream.
     pub async fn send(&mut self, message: &M) -> Result<(), TransportError> {
-        Ok(self.stream.write_all(&frame::encode(message)?).await?)
+        let frame = frame::encode(message)?;
+        self.bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
+        Ok(self.stream.write_all(&frame).await?)
+    }
+    /// Bytes of all messages so far.
+    pub fn bytes(&self) -> Arc<AtomicU64> {
+        self.bytes.clone()
     }
     /// No more messages.
     pub fn finish(&mut self) {
@@ -43,7 +53,12 @@ impl<M: Receivable> ControlReceiver<M> {
         }
         let mut bytes = vec![0; frame::frame_len(prefix)?];
         self.stream.read_exact(&mut bytes).await?;
+        self.bytes.fetch_add((prefix.len() + bytes.len()) as u64, Ordering::Relaxed);
         Ok(Some(frame::decode(&bytes)?))
+    }
+    /// Bytes of all messages so far.
+    pub fn bytes(&self) -> Arc<AtomicU64> {
+        self.bytes.clone()
     }
 }
 
@@ -56,7 +71,10 @@ pub async fn greet(
     let mut answer = [0; HELLO_LEN];
     recv.read_exact(&mut answer).await?;
     hello::accept(&answer)?;
-    Ok((ControlSender { stream: send, message: PhantomData }, ControlReceiver { stream: recv, message: PhantomData }))
+    Ok((
+        ControlSender { stream: send, bytes: Arc::default(), message: PhantomData },
+        ControlReceiver { stream: recv, bytes: Arc::default(), message: PhantomData },
+    ))
 }
 
 /// Accepts the control stream and answers the greeting, as the receiver.
@@ -74,5 +92,8 @@ pub async fn welcome(
         let _ = tokio::time::timeout(std::time::Duration::from_secs(2), send.stopped()).await;
         return Err(error.into());
     }
-    Ok((ControlSender { stream: send, message: PhantomData }, ControlReceiver { stream: recv, message: PhantomData }))
+    Ok((
+        ControlSender { stream: send, bytes: Arc::default(), message: PhantomData },
+        ControlReceiver { stream: recv, bytes: Arc::default(), message: PhantomData },
+    ))
 }
