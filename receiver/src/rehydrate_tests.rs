@@ -268,6 +268,9 @@ async fn a_missing_segment() {
         let differing: Vec<u64> = differing.map(|(i, _)| (i * BLOCK) as u64).collect();
         assert!(!differing.is_empty() && differing.len() < 500, "{}", differing.len());
         assert!(differing.iter().all(|at| outcome.lost.iter().any(|l| (l.start..l.end).contains(at))));
+        let sure = |l: &crate::salvage::Lost| want[l.start as usize..l.end as usize].chunks(BLOCK).all(|b| !is_zero(b));
+        assert!(outcome.lost.iter().any(sure) && outcome.lost[0].start > 0, "{:?}", outcome.lost);
+        assert!(error.to_string().contains("volume disk, bytes"), "{error}");
         if mapped {
             let listed: u64 = outcome.lost.iter().map(|l| l.end - l.start).sum();
             assert_eq!(listed, (differing.len() * BLOCK) as u64, "not one more is called lost");

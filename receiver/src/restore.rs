@@ -26,7 +26,7 @@ use crate::reachable::{blocks_in, missing_segments};
 use crate::read_error::ReadError;
 use crate::rehydrate::{Restoring, Verified, Written};
 use crate::restore_error::RestoreError;
-use crate::salvage::{Lost, OnDamage, join_neighbours};
+use crate::salvage::{Lost, OnDamage, OpenedView, behind_holes, join_neighbours, open_view};
 use crate::survey::{Survey, survey};
 use crate::view::{View, ViewVolume};
 
@@ -136,7 +136,7 @@ impl Prepared {
         let log = catalog.expect_group(&request.group).await?;
         let (record, point) = log.find(request.point).await?;
         let wanted = match_targets(&request, &point)?;
-        let (view, mut damaged) = crate::salvage::open_view(&log, &point, request.on_damage).await?;
+        let (view, mut damaged) = open(&log, &point, &wanted, request.on_damage).await?;
         let total = wanted.iter().map(|(v, _)| v.geometry.length()).sum();
         let phase = progress.phase("read the point's index", total);
         let mut surveyed = Vec::new();
@@ -284,6 +284,30 @@ async fn finish(target: Arc<Target>, durability: Durability) -> Result<(), Targe
 /// Threads that work at once.
 pub fn parallelism() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from)
+}
+
+/// Opens the point. What can't be read of its index is an error that says which blocks it may be about, or is left out.
+async fn open(
+    log: &GroupLog,
+    point: &PointBody,
+    wanted: &[(&PointVolume, PathBuf)],
+    on_damage: OnDamage,
+) -> Result<(View, Vec<Lost>), RestoreError> {
+    let error = match View::open(log.store(), log.keys(), point).await {
+        Err(e) if e.is_damage() => e,
+        other => return Ok((other?, Vec::new())),
+    };
+    let OpenedView { view, holes, .. } = open_view(log, point).await?;
+    let mut lost = Vec::new();
+    for (stated, _) in wanted {
+        let own = view.volume(stated.slot).expect("a view has all volumes of its point");
+        lost.extend(behind_holes(&view, own, &stated.name, &holes).await?);
+    }
+    match on_damage {
+        OnDamage::Salvage => Ok((view, lost)),
+        OnDamage::Fail if lost.is_empty() => Err(error.into()),
+        OnDamage::Fail => Err(RestoreError::Damaged(lost)),
+    }
 }
 
 /// Which volume goes where.

@@ -1,16 +1,18 @@
 //! What is lost when something in the store is damaged: where, why, and how to say it.
 //!
-//! Read first: [`Lost`], then [`open_view`].
+//! Read first: [`Lost`], then [`open_view`] and [`behind_holes`].
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use backhaul_protocol::geometry::{Geometry, PageIndex};
-use backhaul_protocol::ids::{CommitId, Name};
+use backhaul_protocol::ids::{CommitId, Name, VolumeSlot};
 use backhaul_protocol::record::split_record;
-use backhaul_protocol::store::key::GroupKeys;
-use backhaul_protocol::store::log::{PointBody, PointVolume};
+use backhaul_protocol::store::entry::Content;
+use backhaul_protocol::store::key::{GroupKeys, ObjectId};
+use backhaul_protocol::store::log::PointBody;
 use backhaul_protocol::store::segment::{DraftBinding, RECORDS_START, SegmentBuilder, SegmentRef, VolumeEntry};
+use backhaul_volume::rebuild::block_range;
 use serde::Serialize;
 
 use crate::catalog::GroupLog;
@@ -110,29 +112,43 @@ fn list(texts: impl Iterator<Item = String>, count: usize) -> String {
     out
 }
 
-/// Opens a point. With [`OnDamage::Salvage`] what can't be read of its index is left out and listed: whatever it named
-/// is not known, so that all volumes that it may have named count as lost from end to end where nothing newer is known.
-pub async fn open_view(log: &GroupLog, point: &PointBody, on_damage: OnDamage) -> Result<(View, Vec<Lost>), ReadError> {
+/// A part of a point's index that can't be read: what it named is not known.
+#[derive(Clone, Debug)]
+pub struct Hole {
+    /// Which map or segment.
+    id: ObjectId,
+    /// Of which volume it is; `None`: maybe of all.
+    slot: Option<VolumeSlot>,
+    /// What is wrong.
+    error: ReadError,
+}
+
+/// A point whose index may be damaged.
+#[derive(Clone, Debug, Default)]
+pub struct OpenedView {
+    /// What can be read of it.
+    pub view: View,
+    /// What can't.
+    pub holes: Vec<Hole>,
+    /// Damage that costs no block: an index that was made anew from its records. Of no volume and no bytes.
+    pub mended: Vec<Lost>,
+}
+
+/// Opens a point. What can't be read of its index is left out of the view.
+pub async fn open_view(log: &GroupLog, point: &PointBody) -> Result<OpenedView, ReadError> {
     let (store, keys) = (log.store(), log.keys());
     match View::open(store, keys, point).await {
-        Err(e) if on_damage == OnDamage::Salvage && e.is_damage() => {}
-        other => return other.map(|view| (view, Vec::new())),
+        Err(e) if e.is_damage() => {}
+        other => return other.map(|view| OpenedView { view, ..OpenedView::default() }),
     }
-    let mut lost = Vec::new();
-    let mut note = |volumes: &[&PointVolume], e: &ReadError, what: &str| {
-        lost.extend(volumes.iter().map(|v| {
-            let cause = format!("{e}; {what}");
-            Lost::new(&v.name, 0..v.geometry.length(), object_of(e), cause)
-        }));
-    };
-    let mut view = View::default();
+    let OpenedView { mut view, mut holes, mut mended } = OpenedView::default();
     for v in &point.volumes {
         let base = match v.base {
             None => None,
-            Some(reference) => match MapReader::open(store.clone(), keys, reference).await {
+            Some(map) => match MapReader::open(store.clone(), keys, map).await {
                 Ok(map) => Some(Arc::new(map)),
-                Err(e) if e.is_damage() => {
-                    note(&[v], &e, "blocks that changed since this map was written were restored, the others not");
+                Err(error) if error.is_damage() => {
+                    holes.push(Hole { id: map.id, slot: Some(v.slot), error });
                     None
                 }
                 Err(e) => return Err(e),
@@ -140,30 +156,70 @@ pub async fn open_view(log: &GroupLog, point: &PointBody, on_damage: OnDamage) -
         };
         view.volumes.push(ViewVolume { slot: v.slot, geometry: v.geometry, base });
     }
-    let all: Vec<&PointVolume> = point.volumes.iter().collect();
-    for reference in &point.deltas {
-        match MapReader::open(store.clone(), keys, *reference).await {
+    for map in &point.deltas {
+        match MapReader::open(store.clone(), keys, *map).await {
             Ok(map) => view.deltas.push(Arc::new(map)),
-            Err(e) if e.is_damage() => note(&all, &e, UNKNOWN),
+            Err(error) if error.is_damage() => holes.push(Hole { id: map.id, slot: None, error }),
             Err(e) => return Err(e),
         }
     }
     let mut entries = Vec::new();
-    for reference in &point.segments {
-        match read_segment_index(&**store, keys, reference).await {
+    for segment in &point.segments {
+        match read_segment_index(&**store, keys, segment).await {
             Ok(index) => entries.extend(index),
-            Err(e) if e.is_damage() => match rebuild_index(&**store, keys, reference).await? {
-                Some(index) => entries.extend(index),
-                None => note(&all, &e, UNKNOWN),
+            Err(error) if error.is_damage() => match rebuild_index(&**store, keys, segment).await? {
+                Some(index) => {
+                    entries.extend(index);
+                    let cause = format!("{error}; its index can be made anew from its records, and no block is lost");
+                    let (volume, object) = (String::new(), object_of(&error));
+                    mended.push(Lost { volume, start: 0, end: 0, object, cause });
+                }
+                None => holes.push(Hole { id: segment.id, slot: None, error }),
             },
             Err(e) => return Err(e),
         }
     }
     view.loose.push(Arc::new(Loose::new(entries)));
-    Ok((view, lost))
+    Ok(OpenedView { view, holes, mended })
 }
 
-const UNKNOWN: &str = "which blocks it held is not known: some blocks may show an older state or zeroes";
+/// The blocks of a volume that a hole may have named: those of which nothing at least as new is known. Reads the whole
+/// index of the volume. Some of them may be whole in truth, above all blocks that are zero.
+pub async fn behind_holes(
+    view: &View,
+    volume: &ViewVolume,
+    name: &Name,
+    holes: &[Hole],
+) -> Result<Vec<Lost>, ReadError> {
+    let mut lost = Vec::new();
+    for hole in holes.iter().filter(|h| h.slot.is_none_or(|slot| slot == volume.slot)) {
+        let cause = format!("{}; {UNKNOWN}", hole.error);
+        for index in (0..volume.geometry.pages()).map(PageIndex) {
+            let page = match view.page(volume, index).await {
+                Ok(page) => page,
+                // Lost for a reason of its own, which is told when the page is restored.
+                Err(e) if e.is_damage() => continue,
+                Err(e) => return Err(e),
+            };
+            for (block, held) in page.blocks() {
+                let known = match held {
+                    None => false,
+                    Some((_, Content::Data { location, .. })) => location.object.seq >= hole.id.seq,
+                    // Where zeroes were noted is not known: only that something was.
+                    Some((_, Content::Zero)) => true,
+                };
+                if !known {
+                    let range = block_range(volume.geometry, block);
+                    lost.push(Lost::new(name, range, object_of(&hole.error), cause.clone()));
+                }
+            }
+            join_neighbours(&mut lost);
+        }
+    }
+    Ok(lost)
+}
+
+const UNKNOWN: &str = "which blocks it held is not known, and of this one nothing newer is";
 
 /// The index of a segment from its records, which tell it all: `None` unless it is the very one that the point names.
 async fn rebuild_index(

@@ -21,7 +21,7 @@ use crate::fetch::{FetchError, Fetched, Fetcher, Purpose};
 use crate::plan::reads::{MAX_READ, Wanted, plan_reads};
 use crate::plan::restore::{RESTORE_GAP, window_pages};
 use crate::read_error::ReadError;
-use crate::salvage::{Lost, OnDamage, join_neighbours, object_of, open_view};
+use crate::salvage::{Lost, OpenedView, behind_holes, join_neighbours, object_of, open_view};
 use crate::view::{View, ViewVolume};
 
 /// How much of the payloads is read: so many of a million blocks.
@@ -124,17 +124,17 @@ pub async fn verify_point(
     };
     let phase = begin(record.seq, volumes.iter().map(|v| v.geometry.length()).sum());
     let mut lost = check_chain(&scrub.log, &record).await?;
-    let (view, missing) = open_view(&scrub.log, &point, OnDamage::Salvage).await?;
-    let complete = missing.is_empty();
-    lost.extend(missing.into_iter().filter(|l| volumes.iter().any(|v| v.name.as_str() == l.volume)));
+    let OpenedView { view, holes, mended } = open_view(&scrub.log, &point).await?;
+    lost.extend(mended);
     let mut reports = Vec::new();
     for stated in volumes {
         let Some(own) = view.volume(stated.slot) else { continue };
+        lost.extend(behind_holes(&view, own, &stated.name, &holes).await?);
         let mut pass = Pass::new(scrub, stated, own, &view);
         pass.run(&phase).await?;
         let sum = VolumeDigester::of(stated.geometry, &pass.ranges);
         let matches = sum == stated.digest;
-        if !matches && complete && pass.lost.is_empty() {
+        if !matches && holes.is_empty() && pass.lost.is_empty() {
             let cause = format!("the block digests add up to {sum}, and the point states {}", stated.digest);
             let key = scrub.log.keys().log(record.seq).to_string();
             pass.lost.push(Lost::new(&stated.name, 0..stated.geometry.length(), key, cause));

@@ -75,3 +75,16 @@ async fn flipped_bytes_are_found() {
     // At most the record of a block that the second point has anew.
     assert!(passed_over <= 1, "{passed_over}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mended_index_is_damage_all_the_same() {
+    let (store, group, len) = group().await;
+    let key = store.objects().into_keys().find(|k| k.as_str().contains("/segments/")).expect("a segment");
+    let mut bytes = store.objects()[&key].to_vec();
+    *bytes.last_mut().expect("bytes") ^= 1;
+    store.tamper(&key, Some(Bytes::from(bytes)));
+    let report = check(&group, "100%").await.expect("checked");
+    let [damage] = &report.damaged[..] else { panic!("{:?}", report.damaged) };
+    assert_eq!(damage.lost.object, key.as_str());
+    assert_eq!(report.bytes_verified, len as u64, "no block is lost");
+}

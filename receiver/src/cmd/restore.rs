@@ -14,6 +14,9 @@ use crate::restore::{Outcome, Prepared, Request};
 use crate::restore_error::RestoreError;
 use crate::salvage::{Lost, OnDamage};
 
+/// Lost ranges that the text lists.
+pub(super) const MAX_LINES: usize = 100;
+
 /// How the target is read back at the end.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Verify {
@@ -133,17 +136,21 @@ fn describe(o: &Outcome) -> String {
         lines.push(format!("  {} to {}: {}, digest {}", v.name, v.target, b(v.length), v.digest));
     }
     lines.push(format!(
-        "  {} read to compare, {} fetched, {} written, {} read back and equal (verified: {}), in {}",
+        "  {} read to compare, {} fetched, {} written, {} read back{} (verified: {}), in {}",
         b(o.bytes_read),
         b(o.bytes_fetched),
         b(o.bytes_written),
         b(o.bytes_verified),
+        if o.lost.is_empty() { " and equal" } else { "" },
         o.verified,
         text::duration(std::time::Duration::from_secs_f64(o.seconds))
     ));
     if !o.lost.is_empty() {
-        lines.push(format!("LOST {} ranges; everything else was restored:", o.lost.len()));
-        lines.extend(o.lost.iter().map(lost_line));
+        lines.push(format!("LOST {} ranges; everything else was restored, and is equal:", o.lost.len()));
+        lines.extend(o.lost.iter().take(MAX_LINES).map(lost_line));
+        if o.lost.len() > MAX_LINES {
+            lines.push(format!("  and {} more: --json lists all", o.lost.len() - MAX_LINES));
+        }
         for v in &o.volumes {
             lines.push(format!("  lost blocks of {} on {}: {}", v.name, v.target, v.lost_blocks));
         }
@@ -152,6 +159,9 @@ fn describe(o: &Outcome) -> String {
 }
 
 pub(super) fn lost_line(l: &Lost) -> String {
+    if l.start == l.end {
+        return format!("  {} ({})", l.object, l.cause);
+    }
     format!("  {} bytes {} to {}: {} ({})", l.volume, l.start, l.end, l.object, l.cause)
 }
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 use tokio::sync::Semaphore;
 
 use super::Context;
-use super::restore::{What, failure, lost_line, parse_what};
+use super::restore::{MAX_LINES, What, failure, lost_line, parse_what};
 use crate::counting::Counting;
 use crate::restore::parallelism;
 use crate::restore_error::RestoreError;
@@ -87,7 +87,12 @@ fn describe(v: &Verified) -> String {
         lines.push("nothing is damaged".into());
     } else {
         lines.push(format!("DAMAGED in {} places:", v.damaged.len()));
-        lines.extend(v.damaged.iter().map(|d| format!("  {}@{}{}", d.group, d.point, lost_line(&d.lost))));
+        lines.extend(
+            v.damaged.iter().take(MAX_LINES).map(|d| format!("  {}@{}{}", d.group, d.point, lost_line(&d.lost))),
+        );
+        if v.damaged.len() > MAX_LINES {
+            lines.push(format!("  and {} more: --json lists all", v.damaged.len() - MAX_LINES));
+        }
     }
     lines.join("\n")
 }
