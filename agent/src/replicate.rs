@@ -28,11 +28,13 @@ use tokio::sync::mpsc;
 use crate::connection::{Session, SessionError, unix_millis};
 use crate::pipeline::scanner::{HeldPage, Job, ScanError, ScanShared, ScanVolume, Scanned, Scanner};
 use crate::pipeline::sender::Sender;
-use crate::state::{Joined, ProtectedVolume, StateDir, StateError, WriterState};
+use crate::state::{Joined, PendingCommit, ProtectedVolume, StateDir, StateError, WriterState};
 use crate::tracker::hash_index::{HashIndex, IndexError};
 
 /// Questions for pages that are under way at once: 32 KiB each on the way back.
 const QUESTIONS: usize = 16;
+/// Commits without an answer that are remembered. Arbitrary.
+const MAX_PENDING: usize = 16;
 
 /// How a round fails.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +91,8 @@ pub enum CommitWhen {
     Always,
     /// Only if something changed.
     Changed,
+    /// Also if only the label is better than that of the newest point: a fuzzy point is not left as the last word.
+    ChangedOrBetterThan(Consistency),
 }
 
 /// What a round is made of.
@@ -193,7 +197,12 @@ impl Round<'_> {
         let digests: Vec<VolumeDigest> = order.iter().map(digest_of).collect();
         let changed = scan.digests.delta_blocks > 0 || opened.volumes_changed == VolumesChanged::Yes;
         let mut committed = None;
-        if changed || self.when == CommitWhen::Always {
+        let wanted = match self.when {
+            CommitWhen::Always => true,
+            CommitWhen::Changed => changed,
+            CommitWhen::ChangedOrBetterThan(last) => changed || consistency > last,
+        };
+        if wanted {
             committed =
                 Some(self.commit(session, &mut writer, &opened, &scan, &digests, consistency, capture_start).await?);
         } else {
@@ -230,7 +239,7 @@ impl Round<'_> {
     }
 
     async fn open_session(&self, session: &mut Session, writer: &WriterState) -> Result<Opened, RoundError> {
-        let nonces = writer.nonce.into_iter().chain(writer.pending.map(|(_, n)| n)).collect();
+        let nonces = writer.nonce.into_iter().chain(writer.pending.iter().map(|p| p.nonce)).collect();
         let open = Open {
             state: self.joined.state,
             nonces,
@@ -362,7 +371,11 @@ impl Round<'_> {
     ) -> Result<Committed, RoundError> {
         let commit = CommitId(uuid::Uuid::now_v7().into_bytes());
         let nonce = WriterNonce(uuid::Uuid::new_v4().into_bytes());
-        writer.pending = Some((commit, nonce));
+        // Bounded; a receiver that lets so many commits get lost on one record is not one to wait for.
+        if writer.pending.len() >= MAX_PENDING {
+            writer.pending.remove(0);
+        }
+        writer.pending.push(PendingCommit { base: opened.head, commit, nonce });
         self.state.write_writer(writer)?;
         let capture_end = unix_millis();
         let message = Commit {
@@ -386,20 +399,20 @@ impl Round<'_> {
             return Err(SourceError::Protocol("no answer to `Commit`").into());
         };
         writer.nonce = Some(nonce);
-        writer.pending = None;
+        writer.pending.clear();
         writer.high_water = committed.seq;
         self.state.write_writer(writer)?;
         Ok(committed)
     }
 }
 
-/// A commit whose answer was lost: the head tells whether it exists.
+/// Commits whose answers were lost: the head tells whether one of them exists. Those that were built on the head itself
+/// may still land, late: they are remembered.
 fn learn_outcome(writer: &mut WriterState, opened: &Opened) {
-    if let Some((commit, nonce)) = writer.pending.take()
-        && opened.head_commit == commit
-    {
-        writer.nonce = Some(nonce);
+    if let Some(landed) = writer.pending.iter().find(|p| p.commit == opened.head_commit) {
+        writer.nonce = Some(landed.nonce);
     }
+    writer.pending.retain(|p| p.base >= opened.head);
     writer.high_water = writer.high_water.max(opened.head);
 }
 

@@ -127,18 +127,37 @@ struct VolumeFile {
 pub struct WriterState {
     /// Nonce of the newest commit that is known to exist.
     pub nonce: Option<WriterNonce>,
-    /// A commit that was asked for, and whose answer is not known to have come.
-    pub pending: Option<(CommitId, WriterNonce)>,
+    /// Commits that were asked for and whose answer is not known to have come: any of them may still appear in the log
+    /// while the record that they were built on is the newest.
+    pub pending: Vec<PendingCommit>,
     /// The newest point that was seen committed.
     pub high_water: LogSeq,
+}
+
+/// A commit that was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PendingCommit {
+    /// The record that it was built on.
+    pub base: LogSeq,
+    /// Its id.
+    pub commit: CommitId,
+    /// What the next writer must show if it exists.
+    pub nonce: WriterNonce,
 }
 
 #[derive(Default, Serialize, Deserialize)]
 struct WriterFile {
     nonce: Option<String>,
-    pending_commit: Option<String>,
-    pending_nonce: Option<String>,
+    #[serde(default)]
+    pending: Vec<PendingFile>,
     high_water: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct PendingFile {
+    base: u64,
+    commit: String,
+    nonce: String,
 }
 
 /// The folder.
@@ -320,23 +339,25 @@ impl StateDir {
     pub fn writer(&self) -> Result<WriterState, StateError> {
         let name = "writer.json";
         let Some(f) = self.read_json::<WriterFile>(name)? else { return Ok(WriterState::default()) };
-        let nonce = |text: Option<String>| text.map(|t| t.parse::<WriterNonce>()).transpose();
         let wrong = |e: backhaul_protocol::ids::IdError| self.unusable(name, e);
-        let commit = f.pending_commit.map(|t| t.parse::<CommitId>()).transpose().map_err(wrong)?;
-        let pending_nonce = nonce(f.pending_nonce).map_err(wrong)?;
-        Ok(WriterState {
-            nonce: nonce(f.nonce).map_err(wrong)?,
-            pending: commit.zip(pending_nonce),
-            high_water: LogSeq(f.high_water),
-        })
+        let mut pending = Vec::new();
+        for p in f.pending {
+            let (commit, nonce) = (p.commit.parse().map_err(wrong)?, p.nonce.parse().map_err(wrong)?);
+            pending.push(PendingCommit { base: LogSeq(p.base), commit, nonce });
+        }
+        let nonce = f.nonce.map(|t| t.parse::<WriterNonce>()).transpose().map_err(wrong)?;
+        Ok(WriterState { nonce, pending, high_water: LogSeq(f.high_water) })
     }
 
     /// Replaces what the writer must remember.
     pub fn write_writer(&self, writer: &WriterState) -> Result<(), StateError> {
         let file = WriterFile {
             nonce: writer.nonce.map(|n| n.to_string()),
-            pending_commit: writer.pending.map(|(c, _)| c.to_string()),
-            pending_nonce: writer.pending.map(|(_, n)| n.to_string()),
+            pending: writer
+                .pending
+                .iter()
+                .map(|p| PendingFile { base: p.base.0, commit: p.commit.to_string(), nonce: p.nonce.to_string() })
+                .collect(),
             high_water: writer.high_water.0,
         };
         self.write_json("writer.json", &file)

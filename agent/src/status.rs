@@ -42,7 +42,7 @@ pub struct Report {
     /// The beginning of the last look that found the volumes equal to the newest point, or made it; ms since 1970. What
     /// the lag counts from.
     pub protected_until: Option<i64>,
-    /// Of the last round.
+    /// Of the newest point.
     pub consistency: Option<String>,
     /// Bytes of records that the last round sent.
     pub last_sent: u64,
@@ -105,7 +105,9 @@ impl StatusServer {
             r.cause = None;
             r.point = point.map(|(seq, _)| seq.0);
             r.protected_until = point.map(|(_, at)| at.0);
-            r.consistency = Some(report.consistency.to_string());
+            if report.committed.is_some() {
+                r.consistency = Some(report.consistency.to_string());
+            }
             r.last_sent = report.bytes_sent;
             r.last_seconds = report.took.as_secs_f64();
         });

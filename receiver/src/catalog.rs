@@ -192,7 +192,22 @@ impl GroupLog {
             let middle = LogSeq(low.0 + (high.0 - low.0) / 2);
             if self.exists(middle).await? { low = middle } else { high = middle }
         }
+        self.check_no_gap(low).await?;
         Ok(low)
+    }
+
+    /// Numbers are contiguous: a record beyond the newest one that was found means that some between are gone. Nobody
+    /// may write into such a gap, or take what lies before it for all there is.
+    async fn check_no_gap(&self, newest: LogSeq) -> Result<(), ReadError> {
+        let newest_key = self.keys.log(newest);
+        let prefix = newest_key.as_str().trim_end_matches(|c: char| c.is_ascii_digit()).to_owned();
+        let beyond = self.store.list(&prefix, Some(&newest_key), 2).await?;
+        // The very next one may have been written while this one looked.
+        let next_key = self.keys.log(newest.next());
+        if beyond.iter().any(|(key, _)| *key != next_key) && !self.exists(newest.next()).await? {
+            return Err(ReadError::Log { seq: newest.next(), what: "it is missing, and there are records after it" });
+        }
+        Ok(())
     }
 
     /// The newest record, its hash, and the newest point.

@@ -89,6 +89,9 @@ impl Reading {
     pub async fn want(&mut self, slot: VolumeSlot, index: PageIndex, blocks: &[u8]) -> Result<(), Refusal> {
         let protocol = |text: &str| Refusal { reason: Reason::Protocol, text: text.into() };
         let set = BlockSet::from_bytes(blocks).ok_or_else(|| protocol("a block set of the wrong size"))?;
+        if self.view.volume(slot).is_none_or(|v| index.0 >= v.geometry.pages()) {
+            return Err(protocol("a page that is not in this session"));
+        }
         let page = self.view_page(slot, index).await.map_err(|e| e.refusal())?;
         let wanted = page.blocks().filter(|(block, _)| set.contains(block.in_page())).filter_map(|(block, held)| {
             // Zero blocks are never sent: the agent knows them by their digest.

@@ -230,8 +230,17 @@ impl Restoring {
         let read = tokio::task::spawn_blocking(move || verify_all(&target, geometry, durability, threads, &progress));
         let read = read.await.expect("verifying does not panic")?;
         let mut ranges = Vec::new();
-        for page in read.differing(&survey.ranges).into_iter().take(MAX_EXPLAINED) {
-            ranges.extend(self.differing_in(page, lost, durability).await?);
+        let is_lost = |page: &PageIndex| {
+            let whole = page_range(geometry, *page);
+            lost.iter().any(|l| l.start <= whole.start && whole.end <= l.end)
+        };
+        for page in read.differing(&survey.ranges).into_iter().filter(|p| !is_lost(p)).take(MAX_EXPLAINED) {
+            let found = self.differing_in(page, lost, durability).await?;
+            // A page that differed once and is equal when it is read again is no page to trust.
+            if found.is_empty() && lost.is_empty() {
+                ranges.push(page_range(geometry, page));
+            }
+            ranges.extend(found);
         }
         if !ranges.is_empty() {
             return Err(RestoreError::Differs { volume: self.name.clone(), ranges });

@@ -27,6 +27,7 @@ fn request(to: &[&str]) -> Request {
         volume: None,
         point: PointSpec::Latest,
         targets: to.iter().map(|t| (*t).to_owned()).collect(),
+        refuse: Vec::new(),
         confirm: Vec::new(),
         durability: Durability::Device,
         on_damage: OnDamage::Fail,

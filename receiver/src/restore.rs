@@ -43,6 +43,8 @@ pub struct Request {
     pub targets: Vec<String>,
     /// Serials or names of devices that may be overwritten.
     pub confirm: Vec<String>,
+    /// Paths that are being replicated from this machine.
+    pub refuse: Vec<PathBuf>,
     /// What is waited for, and how it is read back.
     pub durability: Durability,
     /// What to do about damage.
@@ -254,6 +256,7 @@ fn outcome(
     started: Instant,
 ) -> Outcome {
     let fetched = written.iter().map(|w| w.fetched).sum();
+    let lost: Vec<Lost> = written.iter().flat_map(|w| w.lost.iter().cloned()).collect();
     // What a file system without a device holds is in memory, whatever was asked for.
     let from_device = durability == Durability::Device && verified.iter().all(|v| v.from_device);
     Outcome {
@@ -266,14 +269,18 @@ fn outcome(
         metadata_bytes: store_read.saturating_sub(fetched),
         bytes_written: written.iter().map(|w| w.written).sum(),
         bytes_verified: verified.iter().map(|v| v.bytes).sum(),
-        verified: if from_device { "device" } else { "cached" },
+        verified: match (lost.is_empty(), from_device) {
+            (false, _) => "incomplete",
+            (true, true) => "device",
+            (true, false) => "cached",
+        },
         digest: match &volumes[..] {
             [one] => Some(one.digest.clone()),
             _ => None,
         },
         seconds: started.elapsed().as_secs_f64(),
         volumes,
-        lost: written.into_iter().flat_map(|w| w.lost).collect(),
+        lost,
     }
 }
 
@@ -334,6 +341,7 @@ fn check_targets(
         let needs = TargetNeeds {
             length: volume.geometry.length(),
             data_bytes: Some(survey.data_bytes),
+            refuse: request.refuse.clone(),
             ..TargetNeeds::default()
         };
         let checked = aim::check_confirmed(&path, &needs, &request.confirm, request.targets.len())?;

@@ -33,6 +33,14 @@ use crate::view::{Loose, View, ViewVolume};
 const PAGES_AT_HAND: usize = 1024;
 /// Runs of draft pages in an `Opened`, of all volumes: keeps it inside one frame.
 const MAX_DRAFT_RUNS: usize = 1500;
+/// Range digests that are kept for a group, of all volumes: 32 MiB. Larger groups are checked by folding and `verify`.
+const MAX_RANGES: u64 = 1 << 20;
+/// Captures of one round: far more than any round can send, and far from overflow for a thousand years of rounds.
+const MAX_CAPTURES: u64 = 1 << 40;
+/// Records that may still be on their way when a commit is asked for: what fits the windows of both sides.
+const MAX_LATE_RECORDS: u64 = 1 << 19;
+/// A commit waits for its last records so long in all.
+const MAX_WAIT: Duration = Duration::from_secs(300);
 
 /// What the rounds of all sessions share.
 #[derive(Debug)]
@@ -120,6 +128,7 @@ pub struct Round {
     pub ingest: Arc<Ingest>,
     /// Base, deltas, draft: what the agent compares with.
     view: View,
+    first_capture: CaptureNumber,
 }
 
 impl Round {
@@ -145,7 +154,13 @@ impl Round {
             .collect();
         view.deltas.extend(known.draft.deltas.iter().cloned());
         view.loose.push(known.draft.loose.clone());
-        let first_capture = CaptureNumber(known.head.max_capture().max(known.draft.max_capture).0 + 1);
+        let highest = known.head.max_capture().max(known.draft.max_capture);
+        let Some(first_capture) = highest.0.checked_add(1).filter(|c| c.checked_add(MAX_CAPTURES).is_some()) else {
+            let text =
+                "no capture numbers are left in this group: the log is damaged or was written by a hostile agent";
+            return Err(Refusal { reason: Reason::Damaged, text: text.into() });
+        };
+        let first_capture = CaptureNumber(first_capture);
         let writer = SegmentWriter::new(
             store,
             keys,
@@ -154,7 +169,7 @@ impl Round {
             resources.segment_size,
             resources.budget.clone(),
         );
-        let admission = Sink::admission(&taken, first_capture);
+        let admission = Sink::admission(&taken, first_capture, CaptureNumber(first_capture.0 + MAX_CAPTURES));
         let ingest = Ingest::new(admission, writer, resources.verifiers.clone());
         let mut draft_pages: BTreeMap<VolumeSlot, Vec<u64>> = BTreeMap::new();
         for (slot, page) in known.draft.pages().await.map_err(|e| e.refusal())? {
@@ -177,7 +192,7 @@ impl Round {
                 .collect(),
             volumes_changed: taken.changed,
         };
-        Ok((Self { taken, ingest, view }, opened))
+        Ok((Self { taken, ingest, view, first_capture }, opened))
     }
 
     /// The view that the agent compares with.
@@ -253,13 +268,19 @@ impl Round {
         sink: &mut Sink,
         peer: backhaul_protocol::ids::AgentId,
         commit: Commit,
-        now: UnixMillis,
+        now: impl Fn() -> UnixMillis,
     ) -> Result<Committed, Refusal> {
         let records = commit.records;
+        if commit.max_capture.0 >= self.first_capture.0 + MAX_CAPTURES {
+            return Err(Refusal { reason: Reason::Protocol, text: "a capture number out of bounds".into() });
+        }
+        let commit_id = commit.commit;
         sink.commit(commit)?;
         self.wait_for(records).await?;
         let read = |e: ReadError| e.refusal();
-        let target = self.fold_target(state);
+        // Maps of a commit that fails must never be taken for the draft's: they are bound to the commit itself.
+        let mut target = self.fold_target(state);
+        target.binding.base_commit = commit_id;
         let log = state.log.clone();
         let known =
             state.known.as_mut().ok_or_else(|| Refusal { reason: Reason::Protocol, text: "no round".into() })?;
@@ -281,7 +302,7 @@ impl Round {
         };
         let inline_loose = Arc::new(Loose::new(inline.as_ref().map(|i| i.index.clone()).unwrap_or_default()));
         let mut layers = self.layers(known, inline_loose.clone());
-        let (sealed, ranges) = self.examine(known, &layers.view, &inline_loose).await.map_err(read)?;
+        let (sealed, ranges, next_slot) = self.examine(known, &layers.view, &inline_loose).await.map_err(read)?;
         let (taken, approved) = sink.sealed(&sealed)?;
 
         // The records inside the log record have no place yet: they are left out of folding and stay loose.
@@ -293,7 +314,8 @@ impl Round {
         let checked = check_folded(&taken, &approved, &folded, inline.is_none())?;
 
         let stored = known.draft.stored + inline.as_ref().map_or(0, |i| i.records.len() as u64);
-        let record = self.record(&log, known, peer, &taken, &approved, checked, &layers, inline, stored, now);
+        let record =
+            self.record(&log, known, peer, &taken, &approved, checked, &layers, inline, stored, now(), next_slot);
         let (outcome, hash, len) = log.append(&record).await.map_err(read)?;
         match outcome {
             Appended::Ours => {}
@@ -318,8 +340,18 @@ impl Round {
 
     async fn wait_for(&self, records: u64) -> Result<(), Refusal> {
         let mut progress = self.ingest.progress();
+        let begun = tokio::time::Instant::now();
+        let late = records.saturating_sub(progress.borrow().records);
+        if late > MAX_LATE_RECORDS {
+            let text = format!("the commit counts {late} records that were not sent");
+            return Err(Refusal { reason: Reason::Protocol, text });
+        }
         loop {
             let now = progress.borrow_and_update().clone();
+            if now.records > records || begun.elapsed() > MAX_WAIT {
+                let text = format!("{} records arrived, the commit counts {records}", now.records);
+                return Err(Refusal { reason: Reason::Protocol, text });
+            }
             if let Some(text) = now.failed {
                 return Err(Refusal { reason: Reason::Protocol, text });
             }
@@ -351,7 +383,7 @@ impl Round {
         known: &mut KnownHead,
         view: &View,
         inline: &Arc<Loose>,
-    ) -> Result<(Sealed, BTreeMap<VolumeSlot, Vec<RangeDigest>>), ReadError> {
+    ) -> Result<(Sealed, BTreeMap<VolumeSlot, Vec<RangeDigest>>, VolumeSlot), ReadError> {
         let draft = [known.draft.loose.clone(), inline.clone()];
         let touched = touched_pages(&known.draft.deltas, &draft).await?;
         let mut delta = DeltaDigester::default();
@@ -367,19 +399,27 @@ impl Round {
         }
         let inline_max = inline.0.iter().map(|e| e.entry.capture).max().unwrap_or_default();
         let in_memory = view.deltas.is_empty() && view.volumes.iter().all(|v| v.base.is_none());
+        let all_pages: u64 = view.volumes.iter().map(|v| v.geometry.pages()).sum();
         let mut ranges = BTreeMap::new();
         let mut volumes = Vec::new();
         for taken in &self.taken.volumes {
             let volume = view.volume(taken.slot).expect("every taken volume is in the view");
             let pages: Vec<PageIndex> = touched.iter().filter(|(s, _)| *s == taken.slot).map(|(_, p)| *p).collect();
-            let before = self.ranges_before(known, taken.slot, taken.known).await?;
-            let at_hand = in_memory || pages.len() <= PAGES_AT_HAND;
-            let Some(mut own) = before.filter(|_| at_hand) else {
+            let at_hand = all_pages <= MAX_RANGES && (in_memory || pages.len() <= PAGES_AT_HAND);
+            let before = if at_hand { self.ranges_before(known, taken.slot, taken.known).await? } else { None };
+            let Some(mut own) = before else {
                 volumes.push(None);
                 continue;
             };
             let page_count = volume.geometry.pages();
+            let unchanged = if taken.head_digest.is_some() { page_count } else { (own.len() as u64).min(page_count) };
             own.resize(page_count as usize, RangeDigest::ZERO);
+            // Of another length than before: what lay beyond the end once may show again.
+            if taken.known == Known::Yes {
+                for index in unchanged.saturating_sub(1)..page_count {
+                    own[index as usize] = view.range_digest(volume, PageIndex(index)).await?;
+                }
+            }
             // The last page too: its length may have changed with the volume's.
             for index in pages.into_iter().filter(|p| p.0 < page_count).chain([PageIndex(page_count - 1)]) {
                 own[index.0 as usize] = view.page(volume, index).await?.range_digest();
@@ -393,7 +433,9 @@ impl Round {
             max_capture: known.draft.max_capture.max(inline_max),
             volumes,
         };
-        Ok((sealed, ranges))
+        // Slots are never used again, also those of volumes that a draft held and that are not in the point.
+        let highest = touched.last().map(|(slot, _)| slot.next()).unwrap_or_default();
+        Ok((sealed, ranges, highest.max(self.taken.next_slot)))
     }
 
     /// Range digests of a volume in the newest point, from memory or computed if that is cheap.
@@ -434,6 +476,7 @@ impl Round {
         inline: Option<backhaul_protocol::store::segment::Inline>,
         delta_stored: u64,
         now: UnixMillis,
+        next_slot: VolumeSlot,
     ) -> Record {
         let commit = &approved.commit;
         let volumes =
@@ -459,7 +502,7 @@ impl Round {
             delta_stored,
             agent: peer,
             machine: taken.machine,
-            next_slot: taken.next_slot,
+            next_slot,
             volumes: volumes.collect(),
             deltas: layers.view.deltas.iter().map(|d| d.reference).collect(),
             segments: layers.segments.clone(),
@@ -523,7 +566,7 @@ impl Round {
 }
 
 /// Ids that a fold of the draft may take: parts of 16 MiB of maps of at most 2^20 entries.
-const FOLD_IDS: u32 = 4096;
+const FOLD_IDS: u32 = 1 << 16;
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)

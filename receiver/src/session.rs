@@ -35,6 +35,22 @@ fn refusal(reason: Reason, text: impl Into<String>) -> Refusal {
     Refusal { reason, text: text.into() }
 }
 
+/// Counts a session for as long as it lives, however it ends.
+struct Counted<'a>(&'a Shared);
+
+impl<'a> Counted<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        shared.sessions.fetch_add(1, Ordering::Relaxed);
+        Self(shared)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.sessions.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Serves one connection to its end.
 pub async fn run(shared: Arc<Shared>, incoming: quinn::Incoming, shutdown: watch::Receiver<bool>) {
     let from = incoming.remote_address();
@@ -47,7 +63,7 @@ pub async fn run(shared: Arc<Shared>, incoming: quinn::Incoming, shutdown: watch
         },
         Err(error) => return tracing::info!(%from, %error, "handshake failed"),
     };
-    shared.sessions.fetch_add(1, Ordering::Relaxed);
+    let _counted = Counted::new(&shared);
     let code = match serve(&shared, &connection, shutdown).await {
         Ok(code) => code,
         Err(error) => {
@@ -55,7 +71,6 @@ pub async fn run(shared: Arc<Shared>, incoming: quinn::Incoming, shutdown: watch
             CloseCode::Protocol
         }
     };
-    shared.sessions.fetch_sub(1, Ordering::Relaxed);
     let text = match code {
         CloseCode::Done => "",
         CloseCode::Superseded => "a newer session of the same group took over",
@@ -417,7 +432,7 @@ impl Session {
             }
             std::future::pending::<()>().await;
         };
-        let now = unix_millis(SystemTime::now());
+        let now = || unix_millis(SystemTime::now());
         let committed = tokio::select! {
             biased;
             committed = round.commit(&mut state, &mut self.sink, self.identity.agent, commit, now) => committed,

@@ -106,7 +106,7 @@ impl TestGroup {
                 .collect(),
         };
         let now = UnixMillis(1_700_000_000_000);
-        round.commit(&mut self.state, &mut sink, AGENT, commit, now).await.expect("a point").seq
+        round.commit(&mut self.state, &mut sink, AGENT, commit, || now).await.expect("a point").seq
     }
 
     async fn send(

@@ -188,7 +188,7 @@ impl Loose {
     /// The entries of one page.
     pub fn page(&self, volume: VolumeSlot, page: PageIndex) -> &[VolumeEntry] {
         let first = (volume, page.first_block());
-        let after = (volume, BlockIndex((page.0 + 1) * BLOCKS_PER_PAGE));
+        let after = (volume, BlockIndex(page.0.saturating_add(1).saturating_mul(BLOCKS_PER_PAGE)));
         let at = |key: (VolumeSlot, BlockIndex)| self.0.partition_point(|e| (e.volume, e.entry.block) < key);
         &self.0[at(first)..at(after)]
     }

@@ -26,7 +26,7 @@ pub struct RestoreArgs {
     #[arg(value_name = "[VOLUME][@POINT]", value_parser = parse_what)]
     pub what: Option<What>,
     /// Device or file to restore to; of several volumes NAME=TARGET for each
-    #[arg(long = "to", value_name = "TARGET", required = true)]
+    #[arg(long = "to", value_name = "TARGET", required = true, num_args = 1..)]
     pub to: Vec<String>,
     /// How to read back what was written
     #[arg(long, value_enum, default_value = "device")]

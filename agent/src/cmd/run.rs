@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use backhaul_cli::{Exit, Failure, Output, text};
+use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::ids::LogSeq;
 use backhaul_protocol::store::log::UnixMillis;
 use clap::Args;
@@ -46,6 +47,7 @@ pub async fn run(args: RunArgs, ctx: &Context, out: Output) -> anyhow::Result<Ex
         out: &out,
         session: None,
         last_commit: None,
+        last_label: None,
         failures: 0,
         status: &status,
     };
@@ -77,6 +79,7 @@ struct Service<'a> {
     out: &'a Output,
     session: Option<Session>,
     last_commit: Option<Instant>,
+    last_label: Option<Consistency>,
     failures: u32,
     status: &'a StatusServer,
 }
@@ -89,6 +92,7 @@ impl Service<'_> {
                 self.failures = 0;
                 if report.committed.is_some() {
                     self.last_commit = Some(Instant::now());
+                    self.last_label = Some(report.consistency);
                 }
                 self.note(&report);
                 Ok(every)
@@ -135,7 +139,11 @@ impl Service<'_> {
             volumes: &volumes,
             threads: self.ctx.config.threads,
             level: self.ctx.config.compression,
-            when: if due { CommitWhen::Always } else { CommitWhen::Changed },
+            when: match self.last_label {
+                _ if due => CommitWhen::Always,
+                Some(label) => CommitWhen::ChangedOrBetterThan(label),
+                None => CommitWhen::Changed,
+            },
             progress: Output::progress(&self.quiet(), 1).phase("scan and send", total),
         };
         let report = round.run(&mut session).await?;

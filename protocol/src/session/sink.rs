@@ -79,13 +79,14 @@ pub enum Known {
 pub struct Admission {
     volumes: BTreeMap<VolumeSlot, Geometry>,
     first_capture: CaptureNumber,
+    end_capture: CaptureNumber,
 }
 
 impl Admission {
     /// The geometry of the record's volume, if the record may be taken at all.
     pub fn check(&self, header: &RecordHeader) -> Result<Geometry, RecordError> {
         let geometry = *self.volumes.get(&header.volume).ok_or(RecordError::Bounds("volume"))?;
-        if header.capture < self.first_capture {
+        if header.capture < self.first_capture || header.capture >= self.end_capture {
             return Err(RecordError::Bounds("capture number"));
         }
         header.check_geometry(geometry)?;
@@ -198,10 +199,11 @@ impl Sink {
         Ok(taken)
     }
 
-    /// What records the open round admits. `first_capture` is above every capture of base and draft.
-    pub fn admission(taken: &Taken, first_capture: CaptureNumber) -> Admission {
+    /// What records the open round admits: captures from `first_capture`, which is above every capture of base and
+    /// draft, up to but not including `end_capture`.
+    pub fn admission(taken: &Taken, first_capture: CaptureNumber, end_capture: CaptureNumber) -> Admission {
         let volumes = taken.volumes.iter().map(|v| (v.slot, v.offer.geometry)).collect();
-        Admission { volumes, first_capture }
+        Admission { volumes, first_capture, end_capture }
     }
 
     /// The agent wants a point. After this the shell waits for all records, seals them and calls [`Self::sealed`].

@@ -1,5 +1,7 @@
 //! `restore`: volumes of a point onto files and devices, straight from the store.
 
+use std::path::{Path, PathBuf};
+
 use backhaul_cli::{Exit, Failure, Output, text};
 use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::ids::Name;
@@ -13,6 +15,7 @@ use crate::fetch::FetchError;
 use crate::restore::{Outcome, Prepared, Request};
 use crate::restore_error::RestoreError;
 use crate::salvage::{Lost, OnDamage};
+use crate::store::StoreUrl;
 
 /// Lost ranges that the text lists.
 pub(super) const MAX_LINES: usize = 100;
@@ -33,7 +36,7 @@ pub struct RestoreArgs {
     #[arg(value_name = "GROUP[/VOLUME][@POINT]", value_parser = parse_what)]
     pub what: What,
     /// Device or file to restore to; of a group with several volumes NAME=TARGET for each
-    #[arg(long = "to", value_name = "TARGET", required = true)]
+    #[arg(long = "to", value_name = "TARGET", required = true, num_args = 1..)]
     pub to: Vec<String>,
     /// How to read back what was written
     #[arg(long, value_enum, default_value = "device")]
@@ -73,12 +76,14 @@ pub fn parse_what(text: &str) -> Result<What, String> {
 
 /// Runs the command.
 pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Result<Exit> {
+    refuse_own_store(ctx.store_url()?, &args.to)?;
     let request = Request {
         group: args.what.group,
         volume: args.what.volume,
         point: args.what.point,
         targets: args.to,
         confirm: args.confirm_target,
+        refuse: protected_here(),
         durability: match args.verify {
             Verify::Device => Durability::Device,
             Verify::Cached => Durability::Cached,
@@ -101,11 +106,41 @@ pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Resul
     }
     let wants_device = args.verify == Verify::Device;
     let outcome = prepared.run(&mut progress).await.map_err(failure)?;
-    if wants_device && outcome.verified != "device" {
+    if wants_device && outcome.verified == "cached" {
         out.warn("the target's file system has no device beneath it: what was read back came from memory");
     }
     out.result("backhaul.restore/1", &outcome, &describe(&outcome));
     Ok(if outcome.lost.is_empty() { Exit::Done } else { Exit::Differ })
+}
+
+/// What an agent on this machine protects, if there is one: never a target, whoever restores.
+fn protected_here() -> Vec<PathBuf> {
+    let state =
+        std::env::var_os("BACKHAUL_AGENT_STATE").map_or_else(|| "/var/lib/backhaul/agent".into(), PathBuf::from);
+    let Ok(text) = std::fs::read(state.join("volumes.json")) else { return Vec::new() };
+    let volumes: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+    let paths = volumes.as_array().into_iter().flatten().filter_map(|v| v["path"].as_str());
+    paths.map(PathBuf::from).collect()
+}
+
+/// A restore into the store that it reads would destroy it.
+fn refuse_own_store(store: &StoreUrl, targets: &[String]) -> Result<(), Failure> {
+    let StoreUrl::Dir(root) = store else { return Ok(()) };
+    let Ok(root) = root.canonicalize() else { return Ok(()) };
+    for target in targets {
+        // NAME=TARGET, or a path that may hold a `=` itself.
+        let paths = [Some(target.as_str()), target.split_once('=').map(|(_, path)| path)];
+        for path in paths.into_iter().flatten().map(Path::new) {
+            let folder = path.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let inside =
+                [path.canonicalize(), folder.canonicalize()].into_iter().flatten().any(|p| p.starts_with(&root));
+            if inside {
+                let text = format!("{} is inside the store {}", path.display(), root.display());
+                return Err(Failure::new(Exit::Refused, "E_TARGET", text).next("restore to another place"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The error with the exit code that is true of it.
