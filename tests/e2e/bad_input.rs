@@ -234,7 +234,6 @@ fn a_segment_without_its_last_byte_is_found_by_verify() {
 }
 
 #[test]
-#[ignore = "known: a session that is refused or lost ends with exit 1 instead of its own code"]
 fn a_damaged_head_of_the_log_stops_writers_and_earlier_points_can_be_had() {
     let (f, serving, agent) = setup();
     agent.sync();
@@ -282,7 +281,6 @@ fn state_files_that_are_damaged() {
 
 /// Fills a disk; what needs it says exit 14, and goes on when there is room again.
 #[test]
-#[ignore = "known: a session that is refused or lost ends with exit 1 instead of its own code"]
 fn no_space_in_the_store() {
     if !needs_root("no_space_in_the_store") {
         return;
@@ -361,7 +359,6 @@ fn no_space_on_the_target() {
 }
 
 #[test]
-#[ignore = "known: a state folder that can't be written is told as one that is in use"]
 fn a_state_folder_that_can_not_be_written() {
     if !needs_root("a_state_folder_that_can_not_be_written") {
         return;

@@ -100,7 +100,6 @@ fn commands_before_joining_say_what_to_do() {
 }
 
 #[test]
-#[ignore = "known: a session that is refused or lost ends with exit 1 instead of its own code"]
 fn an_old_copy_of_the_state_diverges_and_adopt_mends_it() {
     let (f, _serving, agent) = setup();
     copy_folder(&agent.state, &f.path("old"));
@@ -128,7 +127,6 @@ fn an_old_copy_of_the_state_diverges_and_adopt_mends_it() {
 }
 
 #[test]
-#[ignore = "known: a session that is refused or lost ends with exit 1 instead of its own code"]
 fn a_clone_on_another_machine_diverges() {
     let (f, _serving, agent) = setup();
     agent.runs_on("another machine");
@@ -146,7 +144,6 @@ fn a_clone_on_another_machine_diverges() {
 }
 
 #[test]
-#[ignore = "known: a session that is refused or lost ends with exit 1 instead of its own code"]
 fn two_agents_with_one_identity() {
     let (f, _serving, agent) = setup();
     copy_folder(&agent.state, &f.path("clone"));
@@ -159,7 +156,6 @@ fn two_agents_with_one_identity() {
 }
 
 #[test]
-#[ignore = "known: a session that is refused or lost ends with exit 1 instead of its own code"]
 fn a_second_agent_of_the_group_is_not_its_writer() {
     let (f, serving, agent) = setup();
     let second = f.joined("second", &serving);
@@ -173,7 +169,6 @@ fn a_second_agent_of_the_group_is_not_its_writer() {
 }
 
 #[test]
-#[ignore = "known: a session that is refused or lost ends with exit 1 instead of its own code"]
 fn lost_writer_state_diverges() {
     let (f, _serving, agent) = setup();
     std::fs::remove_file(agent.state.join("writer.json")).expect("it is there");
@@ -183,7 +178,6 @@ fn lost_writer_state_diverges() {
 }
 
 #[test]
-#[ignore = "known: a session that is refused or lost ends with exit 1 instead of its own code"]
 fn restore_only_can_not_write() {
     let (f, serving, _agent) = setup();
     let reader = f.agent("reader");
@@ -196,7 +190,6 @@ fn restore_only_can_not_write() {
 }
 
 #[test]
-#[ignore = "known: a session that is refused or lost ends with exit 1 instead of its own code"]
 fn revoked_on_a_live_session_within_30_seconds() {
     let (f, _serving, agent) = setup();
     let mut running = agent.start(&["run", "--every", "1s"]);
@@ -234,7 +227,6 @@ fn agents_lists_who_joined() {
 }
 
 #[test]
-#[ignore = "known: a session that is refused or lost ends with exit 1 instead of its own code"]
 fn another_store_with_another_authority_is_not_trusted() {
     let (f, serving, agent) = setup();
     let other = Fixture::new();

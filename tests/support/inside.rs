@@ -165,6 +165,7 @@ impl Inside {
             volume: Some(name("data")),
             point: PointSpec::Number(LogSeq(point)),
             targets: vec![to.display().to_string()],
+            refuse: Vec::new(),
             confirm: Vec::new(),
             durability: Durability::Cached,
             on_damage: OnDamage::Fail,
