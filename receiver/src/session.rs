@@ -234,6 +234,8 @@ async fn serve_agent(
         }
     };
     session.leave().await;
+    // It holds a sender of its own: with it the writer would wait for messages that never come.
+    drop(session);
     let code = end(out, writer, reader, &mut messages, *result.as_ref().unwrap_or(&CloseCode::Done)).await;
     result.map(|_| code)
 }
