@@ -114,8 +114,8 @@ fn what_changed_since_is_found_block_by_block() {
             let expected = digests(g, &want, page);
             differing_ranges(&target, g, durability, page, &expected).expect("read")
         };
-        assert_eq!(found(PageIndex(1))[..], [1050 * BLOCK..1052 * BLOCK]);
-        assert_eq!(found(PageIndex(2))[..], [2100 * BLOCK..g.length()]);
+        assert_eq!(found(PageIndex(1))[..], *std::slice::from_ref(&(1050 * BLOCK..1052 * BLOCK)));
+        assert_eq!(found(PageIndex(2))[..], *std::slice::from_ref(&(2100 * BLOCK..g.length())));
         assert!(found(PageIndex(0)).is_empty());
     }
 }
