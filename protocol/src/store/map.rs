@@ -10,7 +10,8 @@
 //! ```text
 //!   0 64 envelope (kind 4)
 //!  64 16 group
-//!  80 16 commit id of the base point of the draft that it was written for
+//!  80 16 what it was written for: the commit id of a draft's base record, or, where it was folded at a commit, the id of
+//!        that commit, so that it is never taken for a draft's
 //!  96 16 own id
 //! 112  1 role: 1 base, 2 delta, 3 part      113 3 reserved 0
 //! 116  4 volume slot (base only)
