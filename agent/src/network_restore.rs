@@ -73,7 +73,7 @@ async fn run(
     let total = jobs.iter().map(|j| j.volume.geometry.length()).sum();
     let phase = progress.phase("compare and write", total);
     for job in &mut jobs {
-        rebuild(asking, incoming, job, &phase).await?;
+        rebuild(asking, incoming, job, request.durability, &phase).await?;
     }
     phase.finish();
     let phase = progress.phase("flush", jobs.iter().map(|j| j.written).sum());
@@ -163,10 +163,11 @@ async fn rebuild(
     asking: &mut Asking,
     incoming: &Arc<Incoming>,
     job: &mut Job,
+    durability: Durability,
     phase: &Phase,
 ) -> Result<(), RestoreError> {
     let (slot, geometry) = (job.volume.slot, job.volume.geometry);
-    incoming.begin(&job.volume, job.target.clone(), phase);
+    incoming.begin(&job.volume, job.target.clone(), durability, phase);
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     let mut looking: VecDeque<(PageIndex, Looking)> = VecDeque::new();
     let comparers = Arc::new(Mutex::new(Vec::new()));

@@ -10,7 +10,7 @@ use backhaul_protocol::geometry::{BlockIndex, Geometry};
 use backhaul_protocol::record::{RecordError, Verifier};
 use backhaul_protocol::store::key::{GroupKeys, ObjectKey};
 use backhaul_volume::rebuild::BlockWriter;
-use backhaul_volume::target::{Target, TargetError};
+use backhaul_volume::target::{Durability, Target, TargetError};
 use bytes::Bytes;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -51,8 +51,8 @@ impl FetchError {
 /// What becomes of verified blocks.
 #[derive(Clone, Debug)]
 pub enum Purpose {
-    /// They are written.
-    Write(Arc<Target>),
+    /// They are written to a target that is finished like this.
+    Write(Arc<Target>, Durability),
     /// They were good, and that is all.
     Check,
 }
@@ -193,7 +193,7 @@ impl Shared {
             return Ok(bench);
         }
         let writer = match &self.purpose {
-            Purpose::Write(target) => Some(BlockWriter::new(target, self.geometry)),
+            Purpose::Write(target, durability) => Some(BlockWriter::new(target, self.geometry, *durability)),
             Purpose::Check => None,
         };
         Ok(Bench { verifier: Verifier::new().map_err(FetchError::Setup)?, writer })
@@ -211,7 +211,7 @@ impl Shared {
                 }
             }
         }
-        if let (Purpose::Write(target), Some(writer)) = (&self.purpose, &mut bench.writer) {
+        if let (Purpose::Write(target, _), Some(writer)) = (&self.purpose, &mut bench.writer) {
             writer.flush(target)?;
         }
         Ok(sum)
@@ -229,7 +229,7 @@ impl Shared {
             .and_then(|(header, payload, _)| bench.verifier.verify(&header, payload, self.geometry));
         match verified {
             Ok(block) => {
-                if let (Purpose::Write(target), Some(writer)) = (&self.purpose, &mut bench.writer) {
+                if let (Purpose::Write(target, _), Some(writer)) = (&self.purpose, &mut bench.writer) {
                     writer.push(target, &block)?;
                 }
                 Ok(Ok(block.bytes().len() as u64))

@@ -45,6 +45,8 @@ pub struct Restoring {
     pub name: Name,
     /// Where it goes.
     pub target: Arc<Target>,
+    /// What is waited for in the end.
+    pub durability: Durability,
     /// What to do about damage.
     pub on_damage: OnDamage,
     /// Threads that work at once, of all volumes.
@@ -85,7 +87,7 @@ impl Restoring {
                 let _ = planned.send(Err(e)).await;
             }
         });
-        let purpose = Purpose::Write(self.target.clone());
+        let purpose = Purpose::Write(self.target.clone(), self.durability);
         let mut fetcher =
             Fetcher::new(self.store.clone(), self.keys, self.volume.geometry, purpose, self.threads.clone());
         let mut zeroing = JoinSet::new();
@@ -217,15 +219,20 @@ impl Restoring {
         Ok(Planned { plan, read, lost: window.lost, lost_bytes })
     }
 
-    /// Completes the target, reads all of it back and compares with the point; what was lost before may differ.
+    /// Completes the target.
+    pub async fn finish(&self) -> Result<(), TargetError> {
+        let (target, durability) = (self.target.clone(), self.durability);
+        tokio::task::spawn_blocking(move || target.finish(durability)).await.expect("flushing does not panic")
+    }
+
+    /// After [`Self::finish`]: reads all of it back and compares with the point; what was lost before may differ.
     pub async fn verify(
         &self,
         survey: &Survey,
         lost: &[Lost],
-        durability: Durability,
         progress: impl Fn(u64) + Send + Sync + 'static,
     ) -> Result<Verified, RestoreError> {
-        let (target, geometry) = (self.target.clone(), self.volume.geometry);
+        let (target, geometry, durability) = (self.target.clone(), self.volume.geometry, self.durability);
         let threads = self.threads.available_permits();
         let read = tokio::task::spawn_blocking(move || verify_all(&target, geometry, durability, threads, &progress));
         let read = read.await.expect("verifying does not panic")?;
@@ -235,7 +242,7 @@ impl Restoring {
             lost.iter().any(|l| l.start <= whole.start && whole.end <= l.end)
         };
         for page in read.differing(&survey.ranges).into_iter().filter(|p| !is_lost(p)).take(MAX_EXPLAINED) {
-            let found = self.differing_in(page, lost, durability).await?;
+            let found = self.differing_in(page, lost).await?;
             // A page that differed once and is equal when it is read again is no page to trust.
             if found.is_empty() && lost.is_empty() {
                 ranges.push(page_range(geometry, page));
@@ -248,12 +255,7 @@ impl Restoring {
         Ok(Verified { digest: read.digest, bytes: read.bytes, from_device: read.from_device })
     }
 
-    async fn differing_in(
-        &self,
-        page: PageIndex,
-        lost: &[Lost],
-        durability: Durability,
-    ) -> Result<Vec<Range<u64>>, RestoreError> {
+    async fn differing_in(&self, page: PageIndex, lost: &[Lost]) -> Result<Vec<Range<u64>>, RestoreError> {
         let geometry = self.volume.geometry;
         let whole = page_range(geometry, page);
         let is_lost = |r: &Range<u64>| lost.iter().any(|l| l.start <= r.start && r.end <= l.end);
@@ -261,7 +263,7 @@ impl Restoring {
             return Ok(Vec::new());
         }
         let expected = self.view.page(&self.volume, page).await?.digests();
-        let target = self.target.clone();
+        let (target, durability) = (self.target.clone(), self.durability);
         let look = move || differing_ranges(&target, geometry, durability, page, &expected);
         let ranges = tokio::task::spawn_blocking(look).await.expect("comparing does not panic")?;
         // Lost ranges are whole blocks: compare block by block.

@@ -318,20 +318,22 @@ async fn a_target_that_changes_behind_our_back_is_noticed() {
     let survey = survey(&view, &volume, &name, OnDamage::Fail, |_| ()).await.expect("an index");
     let needs = backhaul_volume::target::TargetNeeds { length: want.len() as u64, ..Default::default() };
     let target = Arc::new(Target::check(&path, &needs).expect("fits").open().expect("opened"));
-    let restoring = Restoring {
+    let mut restoring = Restoring {
         store: log.store().clone(),
         keys: log.keys(),
         view: Arc::new(view),
         volume,
         name,
         target: target.clone(),
+        durability: Durability::Device,
         on_damage: OnDamage::Fail,
         threads: Arc::new(Semaphore::new(2)),
     };
     restoring.write(|_| ()).await.expect("written");
     for durability in [Durability::Device, Durability::Cached] {
-        target.finish(durability).expect("finished");
-        let verified = restoring.verify(&survey, &[], durability, |_| ()).await.expect("equal");
+        restoring.durability = durability;
+        restoring.finish().await.expect("finished");
+        let verified = restoring.verify(&survey, &[], |_| ()).await.expect("equal");
         assert_eq!(verified.digest, point.volumes[0].digest);
     }
     let file = std::fs::OpenOptions::new().write(true).open(&path).expect("opened");
@@ -340,7 +342,8 @@ async fn a_target_that_changes_behind_our_back_is_noticed() {
     }
     file.sync_all().expect("flushed");
     for durability in [Durability::Device, Durability::Cached] {
-        let error = restoring.verify(&survey, &[], durability, |_| ()).await.expect_err("differs");
+        restoring.durability = durability;
+        let error = restoring.verify(&survey, &[], |_| ()).await.expect_err("differs");
         let RestoreError::Differs { ranges, .. } = &error else { panic!("{error}") };
         let b = BLOCK as u64;
         assert_eq!(ranges[..], [1030 * b..1031 * b, 2000 * b..2002 * b]);

@@ -16,7 +16,7 @@ use backhaul_protocol::ids::{LogSeq, Name};
 use backhaul_protocol::store::log::{PointBody, PointVolume, UnixMillis};
 use backhaul_protocol::wire::message::PointSpec;
 use backhaul_volume::aim;
-use backhaul_volume::target::{CheckedTarget, Durability, Target, TargetError, TargetNeeds};
+use backhaul_volume::target::{CheckedTarget, Durability, TargetNeeds};
 use serde::Serialize;
 use tokio::sync::Semaphore;
 
@@ -200,6 +200,7 @@ impl Prepared {
                 volume: job.volume,
                 name: job.name,
                 target: Arc::new(target),
+                durability,
                 on_damage: self.request.on_damage,
                 threads: threads.clone(),
             };
@@ -216,7 +217,7 @@ impl Prepared {
         phase.finish();
         let phase = progress.phase("flush", written.iter().map(|w| w.written).sum());
         for ((restoring, ..), done) in open.iter().zip(&written) {
-            finish(restoring.target.clone(), durability).await?;
+            restoring.finish().await?;
             phase.add(done.written);
         }
         phase.finish();
@@ -224,7 +225,7 @@ impl Prepared {
         let mut verified = Vec::new();
         for ((restoring, survey, ..), done) in open.iter().zip(&written) {
             let own = phase.clone();
-            verified.push(restoring.verify(survey, &done.lost, durability, move |n| own.add(n)).await?);
+            verified.push(restoring.verify(survey, &done.lost, move |n| own.add(n)).await?);
         }
         phase.finish();
         let volumes = open.iter().zip(&written).zip(&verified);
@@ -282,10 +283,6 @@ fn outcome(
         volumes,
         lost,
     }
-}
-
-async fn finish(target: Arc<Target>, durability: Durability) -> Result<(), TargetError> {
-    tokio::task::spawn_blocking(move || target.finish(durability)).await.expect("flushing does not panic")
 }
 
 /// Threads that work at once.

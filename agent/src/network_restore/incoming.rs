@@ -15,7 +15,7 @@ use backhaul_protocol::wire::message::ReadVolume;
 use backhaul_transport::blocks::RecordReader;
 use backhaul_transport::error::TransportError;
 use backhaul_volume::rebuild::BlockWriter;
-use backhaul_volume::target::Target;
+use backhaul_volume::target::{Durability, Target};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinSet;
 
@@ -63,6 +63,7 @@ struct Receiving {
     name: Name,
     geometry: Geometry,
     target: Arc<Target>,
+    durability: Durability,
     phase: Phase,
 }
 
@@ -89,11 +90,11 @@ impl Incoming {
     }
 
     /// Records of this volume come next; the one before is whole.
-    pub(super) fn begin(&self, v: &ReadVolume, target: Arc<Target>, phase: &Phase) {
+    pub(super) fn begin(&self, v: &ReadVolume, target: Arc<Target>, durability: Durability, phase: &Phase) {
         let mut state = self.lock();
         state.written = 0;
-        state.volume =
-            Some(Receiving { slot: v.slot, name: v.name.clone(), geometry: v.geometry, target, phase: phase.clone() });
+        let (slot, name, geometry, phase) = (v.slot, v.name.clone(), v.geometry, phase.clone());
+        state.volume = Some(Receiving { slot, name, geometry, target, durability, phase });
     }
 
     pub(super) fn want(
@@ -131,7 +132,7 @@ impl Incoming {
             Some(bench) => bench,
             None => Bench {
                 verifier: Verifier::new().map_err(RestoreError::Setup)?,
-                writer: (volume.slot, BlockWriter::new(&volume.target, volume.geometry)),
+                writer: (volume.slot, BlockWriter::new(&volume.target, volume.geometry, volume.durability)),
             },
         };
         let mut records = Vec::with_capacity(batch.len() / 4096 + 1);

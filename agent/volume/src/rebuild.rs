@@ -107,21 +107,32 @@ impl Comparer {
     }
 }
 
+/// Bytes that a writer leaves dirty in a file's cache before it has them written back, where that is waited for in the
+/// end: so the disk works from the start and not only after everything else. Arbitrary, and some seconds of a disk.
+const WRITEBACK: u64 = 64 << 20;
+
 /// Writes verified blocks, on a device neighbouring ones together. Call [`Self::flush`] at the end.
 pub struct BlockWriter {
     geometry: Geometry,
+    durability: Durability,
     run: Option<VerifiedRun>,
+    /// Bytes since write-back was begun last.
+    dirty: u64,
 }
 
 impl BlockWriter {
-    /// For a volume of this geometry.
-    pub fn new(target: &Target, geometry: Geometry) -> Self {
-        Self { geometry, run: target.is_device().then(|| VerifiedRun::new(geometry, DEVICE_WRITE)) }
+    /// For a volume of this geometry. `durability` is what [`Target::finish`] will be asked for.
+    pub fn new(target: &Target, geometry: Geometry, durability: Durability) -> Self {
+        let run = target.is_device().then(|| VerifiedRun::new(geometry, DEVICE_WRITE));
+        Self { geometry, durability, run, dirty: 0 }
     }
 
     /// Writes the block, now or with those that follow.
     pub fn push(&mut self, target: &Target, block: &VerifiedBlock<'_>) -> Result<(), TargetError> {
-        let Some(run) = &mut self.run else { return target.write_block(block, self.geometry) };
+        let Some(run) = &mut self.run else {
+            self.dirty += block.bytes().len() as u64;
+            return target.write_block(block, self.geometry);
+        };
         if run.push(block) {
             return Ok(());
         }
@@ -131,9 +142,15 @@ impl BlockWriter {
         if run.push(block) { Ok(()) } else { target.write_block(block, self.geometry) }
     }
 
-    /// Writes what is still gathered.
+    /// Writes what is still gathered. Now and then it waits until a file's earlier blocks are on their way to the disk.
     pub fn flush(&mut self, target: &Target) -> Result<(), TargetError> {
-        let Some(run) = &mut self.run else { return Ok(()) };
+        let Some(run) = &mut self.run else {
+            if self.durability == Durability::Device && self.dirty >= WRITEBACK {
+                self.dirty = 0;
+                target.start_writeback();
+            }
+            return Ok(());
+        };
         let written = target.write_run(run);
         run.clear();
         written

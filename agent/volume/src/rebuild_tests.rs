@@ -22,7 +22,7 @@ fn digests(g: Geometry, want: &[u8], page: PageIndex) -> Vec<BlockDigest> {
 
 /// What a restore does, without a store: bytes changed.
 fn rebuild(target: &Target, g: Geometry, want: &[u8]) -> u64 {
-    let (mut comparer, mut writer) = (Comparer::new(target, g), BlockWriter::new(target, g));
+    let (mut comparer, mut writer) = (Comparer::new(target, g), BlockWriter::new(target, g, Durability::Device));
     let mut changed = 0;
     for page in (0..g.pages()).map(PageIndex) {
         let (found, read) = comparer.look(target, page).expect("read");

@@ -47,7 +47,7 @@ const FIRST_LEN: usize = 4096;
 pub enum Durability {
     /// Everything is on the device, and no cache stands before it any more.
     Device,
-    /// Everything is written to where reads find it. A power cut may lose it.
+    /// Everything is written to where reads find it; the system writes it back when it likes. A power cut may lose it.
     Cached,
 }
 
@@ -171,15 +171,18 @@ impl Target {
             }
             (head.pending, head.touched) = (false, true);
         }
-        match durability {
-            Durability::Cached => self.medium.start_writeback(),
-            Durability::Device => {
-                self.flush(&mut head)?;
-                self.medium.drop_caches(head.touched);
-                head.touched = false;
-            }
+        if durability == Durability::Device {
+            self.flush(&mut head)?;
+            self.medium.drop_caches(head.touched);
+            head.touched = false;
         }
         Ok(())
+    }
+
+    /// Has what was written to a file so far written back; waits while the disk's queue is full, not for the disk. A
+    /// hint, so that there is little left for [`Self::finish`].
+    pub fn start_writeback(&self) {
+        self.medium.start_writeback();
     }
 
     fn flush(&self, head: &mut Head) -> Result<(), TargetError> {
