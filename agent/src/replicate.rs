@@ -5,7 +5,10 @@
 //! The order matters: the watch over each volume begins before its first byte is read and ends after the last byte of
 //! all volumes; the commit id and the next nonce are on disk before the commit is asked for.
 
-use std::collections::{BTreeMap, VecDeque};
+mod error;
+mod feeding;
+mod summing;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -15,74 +18,26 @@ use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::digest::{RangeDigest, VolumeDigest};
 use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::ids::{CaptureNumber, CommitId, LogSeq, Name, VolumeSlot, WriterNonce};
-use backhaul_protocol::session::compare::{RoundDigester, RoundDigests};
 use backhaul_protocol::session::source::{SourceError, SourceOutput};
 use backhaul_protocol::store::log::{MachineId, UnixMillis};
 use backhaul_protocol::wire::message::{
-    AgentMessage, Commit, CommitVolume, Committed, Open, OpenVolume, Opened, OpenedVolume, VolumesChanged,
+    AgentMessage, Commit, CommitVolume, Committed, Open, OpenVolume, Opened, VolumesChanged,
 };
+use backhaul_volume::Source;
 use backhaul_volume::stability::{Stability, Watch};
-use backhaul_volume::{Source, VolumeError};
 use tokio::sync::mpsc;
 
 use crate::connection::{Session, SessionError, unix_millis};
-use crate::pipeline::scanner::{HeldPage, Job, ScanError, ScanShared, ScanVolume, Scanned, Scanner};
+use crate::pipeline::scanner::{Job, ScanError, ScanShared, ScanVolume, Scanner};
 use crate::pipeline::sender::Sender;
-use crate::state::{Joined, PendingCommit, ProtectedVolume, StateDir, StateError, WriterState};
-use crate::tracker::hash_index::{HashIndex, IndexError};
+use crate::state::{Joined, PendingCommit, ProtectedVolume, StateDir, WriterState};
+use crate::tracker::hash_index::HashIndex;
+pub use error::RoundError;
+use feeding::{Feeder, Known, PlannedVolume};
+use summing::{ScanSum, Summing};
 
-/// Questions for pages that are under way at once: 32 KiB each on the way back.
-const QUESTIONS: usize = 16;
 /// Commits without an answer that are remembered. Arbitrary.
 const MAX_PENDING: usize = 16;
-
-/// How a round fails.
-#[derive(Debug, thiserror::Error)]
-pub enum RoundError {
-    /// The session.
-    #[error("{0}")]
-    Session(#[from] SessionError),
-    /// A volume.
-    #[error("volume {name}: {source}")]
-    Volume {
-        /// Which.
-        name: Name,
-        /// Why.
-        source: VolumeError,
-    },
-    /// Reading, hashing, compressing.
-    #[error(transparent)]
-    Scan(#[from] ScanError),
-    /// The index.
-    #[error(transparent)]
-    Index(#[from] IndexError),
-    /// The state folder.
-    #[error(transparent)]
-    State(#[from] StateError),
-    /// Threads can't be had.
-    #[error("can't start threads: {0}")]
-    Threads(std::io::Error),
-}
-
-impl RoundError {
-    /// Whether another round may help without anybody doing anything.
-    pub fn is_retryable(&self) -> bool {
-        match self {
-            Self::Session(e) => e.is_retryable(),
-            Self::Volume { source, .. } | Self::Scan(ScanError::Volume(source)) => source.is_retryable(),
-            Self::Scan(ScanError::Stopped) => true,
-            Self::Scan(_) | Self::Threads(_) => false,
-            Self::Index(e) => e.is_retryable(),
-            Self::State(e) => e.is_retryable(),
-        }
-    }
-}
-
-impl From<SourceError> for RoundError {
-    fn from(error: SourceError) -> Self {
-        Self::Session(error.into())
-    }
-}
 
 /// When a round commits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -158,20 +113,6 @@ struct Opening {
 struct ScanVolumeParts {
     source: Arc<Source>,
     index: HashIndex,
-}
-
-/// What the receiver has of a volume's pages.
-enum Known {
-    /// All as indexed, but for the draft's.
-    Indexed,
-    /// Range digests of what it has.
-    Ranges(Vec<RangeDigest>),
-}
-
-struct PlannedVolume {
-    scan: Arc<ScanVolume>,
-    known: Known,
-    opened: OpenedVolume,
 }
 
 impl Round<'_> {
@@ -431,174 +372,4 @@ async fn ask_ranges(session: &mut Session, slot: VolumeSlot, pages: u64) -> Resu
 
 async fn reserve(jobs: &Option<mpsc::Sender<Job>>) -> Option<mpsc::Permit<'_, Job>> {
     jobs.as_ref()?.reserve().await.ok()
-}
-
-/// Gives pages in order, asking for those that must be compared block by block a little ahead.
-struct Feeder<'a> {
-    planned: &'a [PlannedVolume],
-    /// Pages of one job.
-    batch: usize,
-    /// Next page to look at.
-    next: (usize, u64),
-    /// Pages in order; those without an answer yet are `None`.
-    window: VecDeque<(usize, PageIndex, Option<HeldPage>)>,
-}
-
-impl<'a> Feeder<'a> {
-    fn new(planned: &'a [PlannedVolume], threads: usize) -> Self {
-        let pages: u64 = planned.iter().map(|p| p.scan.geometry.pages()).sum();
-        // Small volumes page by page, so that all threads have work to the end.
-        let batch = (pages / (threads as u64 * 32)).clamp(1, QUESTIONS as u64) as usize;
-        Self { planned, batch, next: (0, 0), window: VecDeque::new() }
-    }
-
-    fn ask(&mut self, session: &mut Session) {
-        while self.window.len() < QUESTIONS {
-            let Some(volume) = self.planned.get(self.next.0) else { return };
-            if self.next.1 >= volume.scan.geometry.pages() {
-                self.next = (self.next.0 + 1, 0);
-                continue;
-            }
-            let page = PageIndex(self.next.1);
-            self.next.1 += 1;
-            let held = volume.held(page);
-            if held.is_none() {
-                let (machine, now) = session.machine();
-                machine.ask_page(now, volume.opened.slot, page);
-            }
-            self.window.push_back((self.next.0, page, held));
-        }
-    }
-
-    fn answer(&mut self, output: SourceOutput) -> Result<(), RoundError> {
-        let SourceOutput::Page { volume, page, held } = output else {
-            return Err(SourceError::Protocol("an answer to another question").into());
-        };
-        let waiting = self
-            .window
-            .iter_mut()
-            .find(|(v, p, held)| held.is_none() && *p == page && self.planned[*v].opened.slot == volume);
-        let slot = waiting.ok_or(SourceError::Protocol("an answer to no question"))?;
-        slot.2 = Some(HeldPage::Digests { digests: held.digests, draft: held.draft });
-        Ok(())
-    }
-
-    fn ready(&self) -> bool {
-        self.window.front().is_some_and(|(_, _, held)| held.is_some())
-    }
-
-    /// The next pages that are known, of one volume.
-    fn take(&mut self) -> Option<Job> {
-        let volume = self.window.front()?.0;
-        let mut pages = Vec::with_capacity(self.batch);
-        while pages.len() < self.batch && self.window.front().is_some_and(|(v, _, held)| *v == volume && held.is_some())
-        {
-            let (_, page, held) = self.window.pop_front()?;
-            pages.push((page, held?));
-        }
-        Some(Job { volume: self.planned[volume].scan.clone(), pages })
-    }
-
-    fn is_done(&self) -> bool {
-        let (volume, page) = self.next;
-        let last = self.planned.len().checked_sub(1);
-        let exhausted =
-            last.is_none_or(|l| volume > l || (volume == l && page >= self.planned[l].scan.geometry.pages()));
-        self.window.is_empty() && exhausted
-    }
-}
-
-impl PlannedVolume {
-    /// What the receiver has of the page; `None` if it must be asked.
-    fn held(&self, page: PageIndex) -> Option<HeldPage> {
-        if self.opened.draft.contains(page.0) {
-            return None;
-        }
-        match &self.known {
-            Known::Indexed => Some(HeldPage::AsIndexed),
-            Known::Ranges(ranges) => {
-                let range = ranges[page.0 as usize];
-                if range == RangeDigest::ZERO {
-                    Some(HeldPage::Zero)
-                } else if self.scan.index.range(page) == range {
-                    Some(HeldPage::AsIndexed)
-                } else {
-                    None
-                }
-            }
-        }
-    }
-}
-
-/// What a scan adds up to.
-struct ScanSum {
-    digests: RoundDigests,
-    records: u64,
-    bytes_scanned: u64,
-    bytes_sent: u64,
-    max_capture: CaptureNumber,
-}
-
-/// Puts pages back in order and adds them up.
-struct Summing<'a> {
-    planned: &'a [PlannedVolume],
-    digester: RoundDigester,
-    /// The volume and page that come next.
-    next: (usize, u64),
-    begun: bool,
-    early: BTreeMap<(VolumeSlot, PageIndex), Scanned>,
-    records: u64,
-    bytes_scanned: u64,
-    progress: Phase,
-}
-
-impl<'a> Summing<'a> {
-    fn new(planned: &'a [PlannedVolume], progress: Phase) -> Self {
-        Self {
-            planned,
-            digester: RoundDigester::default(),
-            next: (0, 0),
-            begun: false,
-            early: BTreeMap::new(),
-            records: 0,
-            bytes_scanned: 0,
-            progress,
-        }
-    }
-
-    fn add(&mut self, scanned: Scanned) {
-        self.early.insert((scanned.slot, scanned.page), scanned);
-        while let Some(volume) = self.planned.get(self.next.0) {
-            if !self.begun {
-                self.digester.begin_volume(volume.opened.slot, volume.scan.geometry);
-                self.begun = true;
-            }
-            let page = PageIndex(self.next.1);
-            let Some(s) = self.early.remove(&(volume.opened.slot, page)) else { return };
-            self.digester.push_range(page, s.range, &s.digests, &s.draft, &s.sent);
-            self.records += s.records;
-            self.bytes_scanned += s.bytes_read;
-            self.progress.add(volume.scan.geometry.page_len(page));
-            self.next.1 += 1;
-            if self.next.1 == volume.scan.geometry.pages() {
-                self.next = (self.next.0 + 1, 0);
-                self.begun = false;
-            }
-        }
-    }
-
-    fn is_complete(&self) -> bool {
-        self.next.0 == self.planned.len()
-    }
-
-    fn finish(self, bytes_sent: u64, max_capture: CaptureNumber) -> ScanSum {
-        self.progress.finish();
-        ScanSum {
-            digests: self.digester.finish(),
-            records: self.records,
-            bytes_scanned: self.bytes_scanned,
-            bytes_sent,
-            max_capture,
-        }
-    }
 }

@@ -4,37 +4,38 @@
 //! Nothing in here says that a point exists but [`GroupLog::append`]; everything else is preparation that a crash
 //! turns into a draft or into garbage.
 
+mod examining;
+mod group_state;
+mod recording;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use backhaul_protocol::consistency::Checked;
-use backhaul_protocol::digest::{DeltaDigester, ObjectDigest, RangeDigest, VolumeDigest, VolumeDigester};
 use backhaul_protocol::geometry::PageIndex;
-use backhaul_protocol::ids::{CaptureNumber, LogSeq, VolumeSlot};
-use backhaul_protocol::limits::{CHECKPOINT_INTERVAL, MAX_INLINE_RECORDS};
-use backhaul_protocol::session::sink::{Approved, GroupHead, Known, Sealed, Sink, Taken};
+use backhaul_protocol::ids::{CaptureNumber, VolumeSlot};
+use backhaul_protocol::limits::MAX_INLINE_RECORDS;
+use backhaul_protocol::session::sink::{Sink, Taken};
 use backhaul_protocol::store::key::ObjectId;
-use backhaul_protocol::store::log::{Body, PointBody, PointVolume, Record, UnixMillis};
+use backhaul_protocol::store::log::UnixMillis;
 use backhaul_protocol::store::segment::{DraftBinding, SegmentBuilder};
 use backhaul_protocol::wire::message::{Commit, Committed, DraftPages, Open, Opened, OpenedVolume, Reason, Refusal};
 use tokio::sync::Semaphore;
 
 use crate::catalog::{Appended, GroupLog};
-use crate::draft::{Draft, IdSource, layer_page, touched_pages};
+use crate::draft::layer_page;
 use crate::fold::{self, FoldTarget, Layers};
 use crate::ingest::Ingest;
 use crate::read_error::ReadError;
 use crate::segment_writer::{Budget, Rest, SegmentWriter};
 use crate::view::{Loose, View, ViewVolume};
+use examining::check_folded;
+pub use group_state::GroupState;
+use group_state::KnownHead;
+pub use recording::after_commit;
 
-/// A `VolumeDigest` is recomputed at a commit when at most so many pages must be read for it: 4 GiB of a volume's index
-/// would be 300 MB, this is 72 MB. More is left to folding and to `verify`. Arbitrary.
-const PAGES_AT_HAND: usize = 1024;
 /// Runs of draft pages in an `Opened`, of all volumes: keeps it inside one frame.
 const MAX_DRAFT_RUNS: usize = 1500;
-/// Range digests that are kept for a group, of all volumes: 32 MiB. Larger groups are checked by folding and `verify`.
-const MAX_RANGES: u64 = 1 << 20;
 /// Captures of one round: far more than any round can send, and far from overflow for a thousand years of rounds.
 const MAX_CAPTURES: u64 = 1 << 40;
 /// Records that may still be on their way when a commit is asked for: what fits the windows of both sides.
@@ -51,73 +52,6 @@ pub struct RoundResources {
     pub verifiers: Arc<Semaphore>,
     /// Segments are sealed at this size, bytes.
     pub segment_size: usize,
-}
-
-/// What a receiver remembers of a group between rounds. All of it can be read from the store again.
-#[derive(Debug)]
-pub struct GroupState {
-    log: GroupLog,
-    known: Option<KnownHead>,
-}
-
-#[derive(Debug)]
-struct KnownHead {
-    head: GroupHead,
-    hash: ObjectDigest,
-    layers: Layers,
-    /// Range digests of the head's volumes, where they have been computed.
-    ranges: BTreeMap<VolumeSlot, Vec<RangeDigest>>,
-    draft: Draft,
-    ids: Arc<Mutex<IdSource>>,
-}
-
-impl GroupState {
-    /// Nothing known yet.
-    pub fn new(log: GroupLog) -> Self {
-        Self { log, known: None }
-    }
-
-    /// The log.
-    pub fn log(&self) -> &GroupLog {
-        &self.log
-    }
-
-    /// Forgets everything, to be read again.
-    pub fn forget(&mut self) {
-        self.known = None;
-    }
-
-    /// Makes sure that what is known is the newest.
-    async fn refresh(&mut self) -> Result<&mut KnownHead, ReadError> {
-        if let Some(known) = &self.known {
-            let next = known.head.record.seq.next();
-            if self.log.read(next).await?.is_some() {
-                self.known = None;
-            }
-        }
-        if self.known.is_none() {
-            self.known = Some(KnownHead::load(&self.log).await?);
-        }
-        Ok(self.known.as_mut().expect("just loaded"))
-    }
-}
-
-impl KnownHead {
-    async fn load(log: &GroupLog) -> Result<Self, ReadError> {
-        let (head, hash) = log.head().await?;
-        let layers = match &head.point {
-            Some((_, point)) => {
-                let view = View::open(log.store(), log.keys(), point).await?;
-                Layers { view, segments: point.segments.clone() }
-            }
-            None => Layers { view: View::default(), segments: Vec::new() },
-        };
-        let (generation, seq) = (head.record.generation, head.record.seq);
-        let binding = DraftBinding { group: log.group(), base_commit: head.record.commit };
-        let draft = Draft::recover(log.store(), log.keys(), binding, generation, seq).await?;
-        let ids = Arc::new(Mutex::new(IdSource::new(seq, generation, crate::random::number())));
-        Ok(Self { head, hash, layers, ranges: BTreeMap::new(), draft, ids })
-    }
 }
 
 /// An open round.
@@ -376,193 +310,6 @@ impl Round {
         let segments = known.layers.segments.iter().chain(&known.draft.segments).copied().collect();
         Layers { view, segments }
     }
-
-    /// Recomputes the digest of what changed, and the volumes' digests where their pages are at hand.
-    async fn examine(
-        &self,
-        known: &mut KnownHead,
-        view: &View,
-        inline: &Arc<Loose>,
-    ) -> Result<(Sealed, BTreeMap<VolumeSlot, Vec<RangeDigest>>, VolumeSlot), ReadError> {
-        let draft = [known.draft.loose.clone(), inline.clone()];
-        let touched = touched_pages(&known.draft.deltas, &draft).await?;
-        let mut delta = DeltaDigester::default();
-        for (slot, index) in &touched {
-            let Some(volume) = view.volume(*slot) else { continue };
-            let blocks = volume.geometry.page_blocks(*index);
-            let page = layer_page(&known.draft.deltas, &draft, *slot, *index, blocks).await?;
-            for (block, held) in page.blocks() {
-                if let Some((_, content)) = held {
-                    delta.push(*slot, block, content.digest());
-                }
-            }
-        }
-        let inline_max = inline.0.iter().map(|e| e.entry.capture).max().unwrap_or_default();
-        let in_memory = view.deltas.is_empty() && view.volumes.iter().all(|v| v.base.is_none());
-        let all_pages: u64 = view.volumes.iter().map(|v| v.geometry.pages()).sum();
-        let mut ranges = BTreeMap::new();
-        let mut volumes = Vec::new();
-        for taken in &self.taken.volumes {
-            let volume = view.volume(taken.slot).expect("every taken volume is in the view");
-            let pages: Vec<PageIndex> = touched.iter().filter(|(s, _)| *s == taken.slot).map(|(_, p)| *p).collect();
-            let at_hand = all_pages <= MAX_RANGES && (in_memory || pages.len() <= PAGES_AT_HAND);
-            let before = if at_hand { self.ranges_before(known, taken.slot, taken.known).await? } else { None };
-            let Some(mut own) = before else {
-                volumes.push(None);
-                continue;
-            };
-            let page_count = volume.geometry.pages();
-            let unchanged = if taken.head_digest.is_some() { page_count } else { (own.len() as u64).min(page_count) };
-            own.resize(page_count as usize, RangeDigest::ZERO);
-            // Of another length than before: what lay beyond the end once may show again.
-            if taken.known == Known::Yes {
-                for index in unchanged.saturating_sub(1)..page_count {
-                    own[index as usize] = view.range_digest(volume, PageIndex(index)).await?;
-                }
-            }
-            // The last page too: its length may have changed with the volume's.
-            for index in pages.into_iter().filter(|p| p.0 < page_count).chain([PageIndex(page_count - 1)]) {
-                own[index.0 as usize] = view.page(volume, index).await?.range_digest();
-            }
-            volumes.push(Some(VolumeDigester::of(volume.geometry, &own)));
-            ranges.insert(taken.slot, own);
-        }
-        let sealed = Sealed {
-            delta_digest: delta.finish(),
-            delta_blocks: delta.count(),
-            max_capture: known.draft.max_capture.max(inline_max),
-            volumes,
-        };
-        // Slots are never used again, also those of volumes that a draft held and that are not in the point.
-        let highest = touched.last().map(|(slot, _)| slot.next()).unwrap_or_default();
-        Ok((sealed, ranges, highest.max(self.taken.next_slot)))
-    }
-
-    /// Range digests of a volume in the newest point, from memory or computed if that is cheap.
-    async fn ranges_before(
-        &self,
-        known: &mut KnownHead,
-        slot: VolumeSlot,
-        is_known: Known,
-    ) -> Result<Option<Vec<RangeDigest>>, ReadError> {
-        if is_known == Known::No {
-            return Ok(Some(Vec::new()));
-        }
-        if let Some(ranges) = known.ranges.get(&slot) {
-            return Ok(Some(ranges.clone()));
-        }
-        let view = &known.layers.view;
-        let Some(volume) = view.volume(slot) else { return Ok(Some(Vec::new())) };
-        let in_memory = view.deltas.is_empty() && volume.base.is_none();
-        let changed = touched_pages(&view.deltas, &view.loose).await?.len();
-        if !in_memory && changed > PAGES_AT_HAND {
-            return Ok(None);
-        }
-        let (ranges, _) = view.volume_digest(volume).await?;
-        known.ranges.insert(slot, ranges.clone());
-        Ok(Some(ranges))
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "a log record is made of all of it")]
-    fn record(
-        &self,
-        log: &GroupLog,
-        known: &KnownHead,
-        peer: backhaul_protocol::ids::AgentId,
-        taken: &Taken,
-        approved: &Approved,
-        checked: Vec<Checked>,
-        layers: &Layers,
-        inline: Option<backhaul_protocol::store::segment::Inline>,
-        delta_stored: u64,
-        now: UnixMillis,
-        next_slot: VolumeSlot,
-    ) -> Record {
-        let commit = &approved.commit;
-        let volumes =
-            taken.volumes.iter().zip(&commit.volumes).zip(checked).map(|((v, stated), checked)| PointVolume {
-                slot: v.slot,
-                id: v.offer.id,
-                name: v.offer.name.clone(),
-                incarnation: v.offer.incarnation,
-                geometry: v.offer.geometry,
-                digest: stated.digest,
-                checked,
-                full_scan: stated.full_scan,
-                base: fold::base_reference(&layers.view, v.slot),
-            });
-        let point = PointBody {
-            base: taken.base,
-            consistency: commit.consistency,
-            capture_start: commit.capture_start,
-            capture_end: commit.capture_end,
-            max_capture: commit.max_capture.max(known.head.max_capture()),
-            delta_digest: commit.delta_digest,
-            delta_blocks: commit.delta_blocks,
-            delta_stored,
-            agent: peer,
-            machine: taken.machine,
-            next_slot,
-            volumes: volumes.collect(),
-            deltas: layers.view.deltas.iter().map(|d| d.reference).collect(),
-            segments: layers.segments.clone(),
-            inline,
-        };
-        Record {
-            group: log.group(),
-            seq: taken.base.next(),
-            previous: known.hash,
-            generation: taken.generation,
-            commit: commit.commit,
-            nonce: commit.nonce,
-            // Commit times never go backwards within a group, whatever the clock does.
-            time: now.max(known.head.record.time),
-            body: Body::Point(Box::new(point)),
-        }
-    }
-
-    /// The new point becomes what is known, so that the next round reads nothing.
-    async fn adopt(
-        &self,
-        state: &mut GroupState,
-        record: Record,
-        hash: ObjectDigest,
-        mut layers: Layers,
-        ranges: BTreeMap<VolumeSlot, Vec<RangeDigest>>,
-    ) -> Result<(), ReadError> {
-        let (seq, generation) = (record.seq, record.generation);
-        // Read back once: the places of inline records are known only now that the record is laid out.
-        let lost = ReadError::Log { seq, what: "the record went away" };
-        let (record, _) = if record.point().is_some_and(|p| p.inline.is_some()) {
-            let bytes = record.to_bytes();
-            let parsed =
-                Record::parse(record.group, seq, &bytes).map_err(ReadError::damaged(&state.log.keys().log(seq)))?;
-            let own = parsed.point().and_then(|p| p.segments.last().copied()).ok_or(lost)?;
-            let start = own.index_offset as usize;
-            let index = backhaul_protocol::store::segment::read_index(&own, &bytes[start..])
-                .map_err(ReadError::damaged(&state.log.keys().log(seq)))?;
-            layers.view.loose.push(Arc::new(Loose::new(index)));
-            layers.segments.push(own);
-            (parsed, ())
-        } else {
-            (record, ())
-        };
-        if layers.view.loose.len() > 1 {
-            let all = layers.view.loose.iter().flat_map(|l| l.0.iter().copied()).collect();
-            layers.view.loose = vec![Arc::new(Loose::new(all))];
-        }
-        let point = record.point().cloned().map(|p| (seq, p));
-        let binding = DraftBinding { group: state.log.group(), base_commit: record.commit };
-        state.known = Some(KnownHead {
-            head: GroupHead { record, point },
-            hash,
-            layers,
-            ranges,
-            draft: Draft::empty(binding),
-            ids: Arc::new(Mutex::new(IdSource::new(seq, generation, crate::random::number()))),
-        });
-        Ok(())
-    }
 }
 
 /// Ids that a fold of the draft may take: parts of 16 MiB of maps of at most 2^20 entries.
@@ -581,40 +328,4 @@ async fn store_rest(
     let sealed = builder.seal(known.draft.binding, id);
     log.store().put_new(&log.keys().segment(id), bytes::Bytes::from(sealed.bytes)).await?;
     Ok((sealed.reference, sealed.index))
-}
-
-/// What folding recomputed must be what the agent states too.
-fn check_folded(
-    taken: &Taken,
-    approved: &Approved,
-    folded: &[(VolumeSlot, VolumeDigest)],
-    complete: bool,
-) -> Result<Vec<Checked>, Refusal> {
-    let mut checked = approved.checked.clone();
-    for ((volume, stated), checked) in taken.volumes.iter().zip(&approved.commit.volumes).zip(&mut checked) {
-        let Some((_, digest)) = folded.iter().find(|(slot, _)| *slot == volume.slot).filter(|_| complete) else {
-            continue;
-        };
-        if *digest != stated.digest {
-            let text = format!(
-                "volume {}: folding gives digest {digest}, the agent states {}",
-                volume.offer.name, stated.digest
-            );
-            return Err(Refusal { reason: Reason::Digest, text });
-        }
-        *checked = Checked::Digest;
-    }
-    Ok(checked)
-}
-
-/// Work after a commit that nobody waits for: the hint, and a checkpoint where one is due.
-pub async fn after_commit(log: &GroupLog, seq: LogSeq, hint: bool) {
-    if hint && let Err(error) = log.write_hint(seq).await {
-        tracing::warn!(%error, "could not write the head hint; readers probe a little longer");
-    }
-    if seq.0.is_multiple_of(CHECKPOINT_INTERVAL)
-        && let Err(error) = log.write_checkpoint(seq).await
-    {
-        tracing::warn!(%error, "could not write a checkpoint; lists of points read more of the log");
-    }
 }

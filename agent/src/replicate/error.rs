@@ -1,0 +1,58 @@
+//! How a round fails.
+
+use backhaul_protocol::ids::Name;
+use backhaul_protocol::session::source::SourceError;
+use backhaul_volume::VolumeError;
+
+use crate::connection::SessionError;
+use crate::pipeline::scanner::ScanError;
+use crate::state::StateError;
+use crate::tracker::hash_index::IndexError;
+
+/// How a round fails.
+#[derive(Debug, thiserror::Error)]
+pub enum RoundError {
+    /// The session.
+    #[error("{0}")]
+    Session(#[from] SessionError),
+    /// A volume.
+    #[error("volume {name}: {source}")]
+    Volume {
+        /// Which.
+        name: Name,
+        /// Why.
+        source: VolumeError,
+    },
+    /// Reading, hashing, compressing.
+    #[error(transparent)]
+    Scan(#[from] ScanError),
+    /// The index.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    /// The state folder.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Threads can't be had.
+    #[error("can't start threads: {0}")]
+    Threads(std::io::Error),
+}
+
+impl RoundError {
+    /// Whether another round may help without anybody doing anything.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Session(e) => e.is_retryable(),
+            Self::Volume { source, .. } | Self::Scan(ScanError::Volume(source)) => source.is_retryable(),
+            Self::Scan(ScanError::Stopped) => true,
+            Self::Scan(_) | Self::Threads(_) => false,
+            Self::Index(e) => e.is_retryable(),
+            Self::State(e) => e.is_retryable(),
+        }
+    }
+}
+
+impl From<SourceError> for RoundError {
+    fn from(error: SourceError) -> Self {
+        Self::Session(error.into())
+    }
+}

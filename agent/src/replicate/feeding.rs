@@ -1,0 +1,129 @@
+//! Which pages are scanned next, and what the receiver has of each: known without asking, or asked for a little ahead.
+//!
+//! Read first: [`Feeder`]. It owns the order of pages; it reads nothing and sends nothing itself.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use backhaul_protocol::digest::RangeDigest;
+use backhaul_protocol::geometry::PageIndex;
+use backhaul_protocol::session::source::{SourceError, SourceOutput};
+use backhaul_protocol::wire::message::OpenedVolume;
+
+use super::RoundError;
+use crate::connection::Session;
+use crate::pipeline::scanner::{HeldPage, Job, ScanVolume};
+
+/// Questions for pages that are under way at once: 32 KiB each on the way back.
+const QUESTIONS: usize = 16;
+
+/// What the receiver has of a volume's pages.
+pub(super) enum Known {
+    /// All as indexed, but for the draft's.
+    Indexed,
+    /// Range digests of what it has.
+    Ranges(Vec<RangeDigest>),
+}
+
+pub(super) struct PlannedVolume {
+    pub(super) scan: Arc<ScanVolume>,
+    pub(super) known: Known,
+    pub(super) opened: OpenedVolume,
+}
+
+/// Gives pages in order, asking for those that must be compared block by block a little ahead.
+pub(super) struct Feeder<'a> {
+    planned: &'a [PlannedVolume],
+    /// Pages of one job.
+    batch: usize,
+    /// Next page to look at.
+    next: (usize, u64),
+    /// Pages in order; those without an answer yet are `None`.
+    window: VecDeque<(usize, PageIndex, Option<HeldPage>)>,
+}
+
+impl<'a> Feeder<'a> {
+    pub(super) fn new(planned: &'a [PlannedVolume], threads: usize) -> Self {
+        let pages: u64 = planned.iter().map(|p| p.scan.geometry.pages()).sum();
+        // Small volumes page by page, so that all threads have work to the end.
+        let batch = (pages / (threads as u64 * 32)).clamp(1, QUESTIONS as u64) as usize;
+        Self { planned, batch, next: (0, 0), window: VecDeque::new() }
+    }
+
+    pub(super) fn ask(&mut self, session: &mut Session) {
+        while self.window.len() < QUESTIONS {
+            let Some(volume) = self.planned.get(self.next.0) else { return };
+            if self.next.1 >= volume.scan.geometry.pages() {
+                self.next = (self.next.0 + 1, 0);
+                continue;
+            }
+            let page = PageIndex(self.next.1);
+            self.next.1 += 1;
+            let held = volume.held(page);
+            if held.is_none() {
+                let (machine, now) = session.machine();
+                machine.ask_page(now, volume.opened.slot, page);
+            }
+            self.window.push_back((self.next.0, page, held));
+        }
+    }
+
+    pub(super) fn answer(&mut self, output: SourceOutput) -> Result<(), RoundError> {
+        let SourceOutput::Page { volume, page, held } = output else {
+            return Err(SourceError::Protocol("an answer to another question").into());
+        };
+        let waiting = self
+            .window
+            .iter_mut()
+            .find(|(v, p, held)| held.is_none() && *p == page && self.planned[*v].opened.slot == volume);
+        let slot = waiting.ok_or(SourceError::Protocol("an answer to no question"))?;
+        slot.2 = Some(HeldPage::Digests { digests: held.digests, draft: held.draft });
+        Ok(())
+    }
+
+    pub(super) fn ready(&self) -> bool {
+        self.window.front().is_some_and(|(_, _, held)| held.is_some())
+    }
+
+    /// The next pages that are known, of one volume.
+    pub(super) fn take(&mut self) -> Option<Job> {
+        let volume = self.window.front()?.0;
+        let mut pages = Vec::with_capacity(self.batch);
+        while pages.len() < self.batch && self.window.front().is_some_and(|(v, _, held)| *v == volume && held.is_some())
+        {
+            let (_, page, held) = self.window.pop_front()?;
+            pages.push((page, held?));
+        }
+        Some(Job { volume: self.planned[volume].scan.clone(), pages })
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        let (volume, page) = self.next;
+        let last = self.planned.len().checked_sub(1);
+        let exhausted =
+            last.is_none_or(|l| volume > l || (volume == l && page >= self.planned[l].scan.geometry.pages()));
+        self.window.is_empty() && exhausted
+    }
+}
+
+impl PlannedVolume {
+    /// What the receiver has of the page; `None` if it must be asked.
+    fn held(&self, page: PageIndex) -> Option<HeldPage> {
+        if self.opened.draft.contains(page.0) {
+            return None;
+        }
+        match &self.known {
+            Known::Indexed => Some(HeldPage::AsIndexed),
+            Known::Ranges(ranges) => {
+                let range = ranges[page.0 as usize];
+                if range == RangeDigest::ZERO {
+                    Some(HeldPage::Zero)
+                } else if self.scan.index.range(page) == range {
+                    Some(HeldPage::AsIndexed)
+                } else {
+                    None
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! What a receiver remembers of a group between rounds.
+//!
+//! Read first: [`GroupState`].
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use backhaul_protocol::digest::{ObjectDigest, RangeDigest};
+use backhaul_protocol::ids::VolumeSlot;
+use backhaul_protocol::session::sink::GroupHead;
+use backhaul_protocol::store::segment::DraftBinding;
+
+use crate::catalog::GroupLog;
+use crate::draft::{Draft, IdSource};
+use crate::fold::Layers;
+use crate::read_error::ReadError;
+use crate::view::View;
+
+/// What a receiver remembers of a group between rounds. All of it can be read from the store again.
+#[derive(Debug)]
+pub struct GroupState {
+    pub(super) log: GroupLog,
+    pub(super) known: Option<KnownHead>,
+}
+
+#[derive(Debug)]
+pub(super) struct KnownHead {
+    pub(super) head: GroupHead,
+    pub(super) hash: ObjectDigest,
+    pub(super) layers: Layers,
+    /// Range digests of the head's volumes, where they have been computed.
+    pub(super) ranges: BTreeMap<VolumeSlot, Vec<RangeDigest>>,
+    pub(super) draft: Draft,
+    pub(super) ids: Arc<Mutex<IdSource>>,
+}
+
+impl GroupState {
+    /// Nothing known yet.
+    pub fn new(log: GroupLog) -> Self {
+        Self { log, known: None }
+    }
+
+    /// The log.
+    pub fn log(&self) -> &GroupLog {
+        &self.log
+    }
+
+    /// Forgets everything, to be read again.
+    pub fn forget(&mut self) {
+        self.known = None;
+    }
+
+    /// Makes sure that what is known is the newest.
+    pub(super) async fn refresh(&mut self) -> Result<&mut KnownHead, ReadError> {
+        if let Some(known) = &self.known {
+            let next = known.head.record.seq.next();
+            if self.log.read(next).await?.is_some() {
+                self.known = None;
+            }
+        }
+        if self.known.is_none() {
+            self.known = Some(KnownHead::load(&self.log).await?);
+        }
+        Ok(self.known.as_mut().expect("just loaded"))
+    }
+}
+
+impl KnownHead {
+    async fn load(log: &GroupLog) -> Result<Self, ReadError> {
+        let (head, hash) = log.head().await?;
+        let layers = match &head.point {
+            Some((_, point)) => {
+                let view = View::open(log.store(), log.keys(), point).await?;
+                Layers { view, segments: point.segments.clone() }
+            }
+            None => Layers { view: View::default(), segments: Vec::new() },
+        };
+        let (generation, seq) = (head.record.generation, head.record.seq);
+        let binding = DraftBinding { group: log.group(), base_commit: head.record.commit };
+        let draft = Draft::recover(log.store(), log.keys(), binding, generation, seq).await?;
+        let ids = Arc::new(Mutex::new(IdSource::new(seq, generation, crate::random::number())));
+        Ok(Self { head, hash, layers, ranges: BTreeMap::new(), draft, ids })
+    }
+}
