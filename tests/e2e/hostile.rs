@@ -1,11 +1,10 @@
 //! Peers that do not keep to the protocol, with and without a certificate: thrown out, nothing committed, the receiver
 //! lives on (I17, I18, I19).
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use backhaul_agent::connection::unix_millis;
-use backhaul_agent::state::{StateDir, machine_id};
+use backhaul_agent::state::machine_id;
 use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::digest::{BlockDigest, DeltaDigest, VolumeDigest};
 use backhaul_protocol::geometry::BlockIndex;
@@ -15,102 +14,10 @@ use backhaul_protocol::store::log::UnixMillis;
 use backhaul_protocol::wire::frame;
 use backhaul_protocol::wire::hello::agent_hello;
 use backhaul_protocol::wire::message::{
-    AgentMessage, Commit, CommitVolume, Join, Open, OpenRead, OpenVolume, PointSpec, ReceiverMessage,
+    AgentMessage, Commit, CommitVolume, Join, Open, OpenRead, PointSpec, ReceiverMessage,
 };
-use backhaul_tests::fixture::{Serving, number};
-use backhaul_tests::{Agent, Fixture, Random, image};
-use backhaul_transport::control::{ControlReceiver, ControlSender, greet};
-use backhaul_transport::endpoint::{Endpoint, Windows};
-use backhaul_transport::tls::{ReceiverTrust, client_config};
-
-const MIB: u64 = 1 << 20;
-
-struct Target {
-    f: Fixture,
-    serving: Serving,
-    agent: Agent,
-}
-
-fn target() -> Target {
-    let f = Fixture::new();
-    let serving = f.serve();
-    let agent = f.joined("agent", &serving);
-    image::random(&f.path("disk.img"), 2 * MIB, &mut Random::new(1));
-    agent.protect("data", &f.path("disk.img"));
-    agent.sync();
-    Target { f, serving, agent }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum As {
-    Stranger,
-    Agent,
-}
-
-impl Target {
-    async fn connect(&self, who: As) -> (Endpoint, Connection) {
-        let state = StateDir::new(&self.agent.state);
-        let chain = state.chain().expect("it joined");
-        let key = state.ensure_key().expect("it has a key");
-        let trust = ReceiverTrust::Authority(chain.last().cloned().expect("the authority's"));
-        let shown = (who == As::Agent).then(|| (chain[..1].to_vec(), &key));
-        let tls = client_config(trust, shown).expect("usable");
-        let address: SocketAddr = self.serving.socket();
-        let endpoint = Endpoint::client(address).expect("a free port");
-        let connection = endpoint.connect(address, tls, Windows::BLOCKS).await.expect("the receiver takes anybody");
-        (endpoint, Connection(connection))
-    }
-
-    fn open(&self) -> Open {
-        let state = StateDir::new(&self.agent.state);
-        let writer = state.writer().expect("readable");
-        Open {
-            state: state.expect_joined().expect("joined").state,
-            nonces: writer.nonce.into_iter().collect(),
-            machine: machine_id(&self.f.path("agent.machine-id")),
-            high_water: writer.high_water,
-            volumes: state
-                .volumes()
-                .expect("readable")
-                .iter()
-                .map(|v| OpenVolume {
-                    id: v.id,
-                    name: v.name.clone(),
-                    incarnation: v.incarnation,
-                    geometry: v.geometry,
-                })
-                .collect(),
-        }
-    }
-
-    /// Whatever was done: the receiver works, and no point came of it.
-    #[track_caller]
-    fn unharmed(&mut self, points: usize) {
-        assert!(self.serving.child.is_running(), "{}", self.serving.child.err());
-        assert!(!self.serving.child.err().contains("panicked"), "{}", self.serving.child.err());
-        assert_eq!(self.f.points().len(), points);
-        let synced = self.agent.sync();
-        assert_eq!(synced["volumes"][0]["digest"], image::digest(&self.f.path("disk.img"), 65536));
-        assert_eq!(number(&synced, "point"), points as u64 + 1);
-        self.f.receiver(&["verify"]).ok();
-    }
-}
-
-struct Connection(quinn::Connection);
-
-type Control = (ControlSender<AgentMessage>, ControlReceiver<ReceiverMessage>);
-
-impl Connection {
-    async fn greet(&self) -> Control {
-        greet(&self.0).await.expect("the receiver greets")
-    }
-
-    /// The receiver must close it.
-    async fn is_closed(&self, what: &str) {
-        let closed = tokio::time::timeout(Duration::from_secs(15), self.0.closed()).await;
-        assert!(closed.is_ok(), "{what}: still open");
-    }
-}
+use backhaul_tests::Random;
+use backhaul_tests::peer::{As, Target, target};
 
 /// Says these bytes on the control stream; the receiver must close the connection.
 async fn says(target: &Target, who: As, what: &str, bytes: Vec<u8>) {

@@ -11,6 +11,7 @@ pub mod fixture;
 pub mod image;
 pub mod inside;
 pub mod network;
+pub mod peer;
 pub mod process;
 pub mod s3;
 
