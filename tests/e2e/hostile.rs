@@ -17,7 +17,8 @@ use backhaul_protocol::wire::message::{
     AgentMessage, Commit, CommitVolume, Join, Open, OpenRead, PointSpec, ReceiverMessage,
 };
 use backhaul_tests::Random;
-use backhaul_tests::peer::{As, Target, target};
+use backhaul_tests::peer::{As, Target, target, target_with};
+use backhaul_transport::control::{ControlReceiver, ControlSender};
 
 /// Says these bytes on the control stream; the receiver must close the connection.
 async fn says(target: &Target, who: As, what: &str, bytes: Vec<u8>) {
@@ -131,7 +132,8 @@ async fn silence() {
 }
 
 fn header(block: u64, body: RecordBody) -> RecordHeader {
-    RecordHeader { volume: VolumeSlot(0), block: BlockIndex(block), capture: CaptureNumber(u64::MAX / 4), body }
+    // Above those of the first point, and no higher than a round may go: never the reason why a record is refused.
+    RecordHeader { volume: VolumeSlot(0), block: BlockIndex(block), capture: CaptureNumber(1 << 20), body }
 }
 
 fn data(block: u64, digest: BlockDigest, encoding: Encoding, payload: &[u8]) -> Vec<u8> {
@@ -157,25 +159,29 @@ async fn records_that_are_wrong() {
     reserved[6] = 0xee;
     let mut other_volume = header(0, RecordBody::Data { digest: right, encoding: Encoding::Raw, payload_len: 65536 });
     other_volume.volume = VolumeSlot(77);
-    let cases: Vec<(&str, Vec<u8>)> = vec![
-        ("noise", Random::new(4).bytes(5000)),
-        ("another magic", wrong_magic),
-        ("bytes that do not hash to the digest", flipped),
-        ("reserved bytes in use", reserved),
-        ("a block beyond the end", data(32, right, Encoding::Raw, &block)),
-        ("a block far beyond the end", data(u64::MAX, right, Encoding::Raw, &block)),
-        ("a block that is too short", data(0, BlockDigest::of(&block[..100]), Encoding::Raw, &block[..100])),
-        ("zstd that is none", data(0, right, Encoding::Zstd, &block[..4000])),
-        ("a bomb", data(0, right, Encoding::Zstd, &bomb)),
-        ("a volume that is not in the session", [&other_volume.to_bytes()[..], &block].concat()),
-        ("zeroes across pages", header(0, RecordBody::Zeroes { count: 1025 }).to_bytes().to_vec()),
-        ("zeroes beyond the end", header(31, RecordBody::Zeroes { count: 2 }).to_bytes().to_vec()),
-        ("no zeroes", header(0, RecordBody::Zeroes { count: 0 }).to_bytes().to_vec()),
-        ("endless zeroes", header(0, RecordBody::Zeroes { count: u64::MAX }).to_bytes().to_vec()),
-        ("half a header", data(0, right, Encoding::Raw, &block)[..30].to_vec()),
-        ("half a payload", data(0, right, Encoding::Raw, &block)[..30_000].to_vec()),
+    let cases: Vec<(&str, &str, Vec<u8>)> = vec![
+        ("noise", "wrong magic", Random::new(4).bytes(5000)),
+        ("another magic", "wrong magic", wrong_magic),
+        ("bytes that do not hash to the digest", "digest", flipped),
+        ("reserved bytes in use", "does not know", reserved),
+        ("a block beyond the end", "block", data(32, right, Encoding::Raw, &block)),
+        ("a block far beyond the end", "block", data(u64::MAX, right, Encoding::Raw, &block)),
+        (
+            "a block that is too short",
+            "payload length",
+            data(0, BlockDigest::of(&block[..100]), Encoding::Raw, &block[..100]),
+        ),
+        ("zstd that is none", "decompress", data(0, right, Encoding::Zstd, &block[..4000])),
+        ("a bomb", "decompress", data(0, right, Encoding::Zstd, &bomb)),
+        ("a volume that is not in the session", "volume", [&other_volume.to_bytes()[..], &block].concat()),
+        ("zeroes across pages", "count", header(0, RecordBody::Zeroes { count: 1025 }).to_bytes().to_vec()),
+        ("zeroes beyond the end", "block", header(31, RecordBody::Zeroes { count: 2 }).to_bytes().to_vec()),
+        ("no zeroes", "count", header(0, RecordBody::Zeroes { count: 0 }).to_bytes().to_vec()),
+        ("endless zeroes", "count", header(0, RecordBody::Zeroes { count: u64::MAX }).to_bytes().to_vec()),
+        ("half a header", "middle of a record", data(0, right, Encoding::Raw, &block)[..30].to_vec()),
+        ("half a payload", "middle of a record", data(0, right, Encoding::Raw, &block)[..30_000].to_vec()),
     ];
-    for (what, bytes) in cases {
+    for (what, why, bytes) in cases {
         let (_endpoint, connection) = target.connect(As::Agent).await;
         let (mut sender, mut receiver) = connection.greet().await;
         sender.send(&AgentMessage::Open(target.open())).await.expect("sent");
@@ -186,8 +192,9 @@ async fn records_that_are_wrong() {
         let _ = stream.finish();
         let answer = tokio::time::timeout(Duration::from_secs(15), receiver.receive()).await;
         match answer.unwrap_or_else(|_| panic!("{what}: no answer")) {
-            Ok(Some(ReceiverMessage::Refused(refusal))) => assert!(!refusal.text.is_empty(), "{what}"),
-            Err(_) | Ok(None) => {}
+            Ok(Some(ReceiverMessage::Refused(refusal))) => {
+                assert!(refusal.text.contains(why), "{what}: {}", refusal.text);
+            }
             other => panic!("{what}: {other:?}"),
         }
         sender.finish();
@@ -212,7 +219,6 @@ fn bomb() -> Vec<u8> {
 #[tokio::test]
 async fn commits_that_are_wrong() {
     let mut target = target();
-    let now = unix_millis();
     type Change = fn(&mut Commit);
     let changes: Vec<(&str, Change)> = vec![
         ("another base", |c| c.base = LogSeq(0)),
@@ -228,18 +234,7 @@ async fn commits_that_are_wrong() {
     for (what, change) in changes {
         let (_endpoint, connection) = target.connect(As::Agent).await;
         let (mut sender, mut receiver) = connection.greet().await;
-        sender.send(&AgentMessage::Open(target.open())).await.expect("sent");
-        let Some(ReceiverMessage::Opened(opened)) = receiver.receive().await.expect("an answer") else {
-            panic!("{what}: not opened")
-        };
-        let mut message = Commit {
-            generation: opened.generation,
-            capture_start: now,
-            capture_end: now,
-            delta_digest: backhaul_protocol::digest::DeltaDigester::default().finish(),
-            volumes: vec![CommitVolume { digest: opened.volumes[0].digest.expect("known"), full_scan: now }],
-            ..commit(opened.head)
-        };
+        let mut message = empty_commit(&target, &mut sender, &mut receiver).await;
         change(&mut message);
         sender.send(&AgentMessage::Commit(Box::new(message))).await.expect("sent");
         match receiver.receive().await {
@@ -295,4 +290,98 @@ async fn offers_that_are_wrong() {
         }
     }
     target.unharmed(1);
+}
+
+/// A capture number at the end of all numbers would leave none for the rounds to come.
+#[tokio::test]
+async fn the_last_capture_numbers_do_not_end_a_group() {
+    let mut target = target();
+    for capture in [u64::MAX, u64::MAX - 1, 1 << 63] {
+        let (_endpoint, connection) = target.connect(As::Agent).await;
+        let (mut sender, mut receiver) = connection.greet().await;
+        sender.send(&AgentMessage::Open(target.open())).await.expect("sent");
+        assert!(matches!(receiver.receive().await, Ok(Some(ReceiverMessage::Opened(_)))));
+        let mut zeroes = header(0, RecordBody::Zeroes { count: 1 });
+        zeroes.capture = CaptureNumber(capture);
+        let mut stream = connection.0.open_uni().await.expect("a stream");
+        stream.write_all(&zeroes.to_bytes()).await.expect("sent");
+        let _ = stream.finish();
+        refused(&mut receiver, "capture number").await;
+        // Nor one that only the commit states.
+        let (_endpoint, connection) = target.connect(As::Agent).await;
+        let (mut sender, mut receiver) = connection.greet().await;
+        let mut message = empty_commit(&target, &mut sender, &mut receiver).await;
+        message.max_capture = CaptureNumber(capture);
+        sender.send(&AgentMessage::Commit(Box::new(message))).await.expect("sent");
+        refused(&mut receiver, "capture number").await;
+    }
+    target.unharmed(1);
+}
+
+/// Records that come after a commit which does not count them, and a commit that counts what never comes.
+#[tokio::test]
+async fn a_commit_and_then_a_flood() {
+    let mut target = target();
+    for counted in [1, 1 << 40, u64::MAX] {
+        let (_endpoint, connection) = target.connect(As::Agent).await;
+        let (mut sender, mut receiver) = connection.greet().await;
+        let mut message = empty_commit(&target, &mut sender, &mut receiver).await;
+        message.records = counted;
+        sender.send(&AgentMessage::Commit(Box::new(message))).await.expect("sent");
+        let flood = tokio::spawn(async move {
+            let Ok(mut stream) = connection.0.open_uni().await else { return };
+            let record = header(0, RecordBody::Zeroes { count: 1 }).to_bytes();
+            while stream.write_all(&record.repeat(100)).await.is_ok() {}
+        });
+        refused(&mut receiver, "the commit counts").await;
+        let ended = tokio::time::timeout(Duration::from_secs(15), flood).await;
+        assert!(ended.is_ok(), "the flood goes on");
+    }
+    target.unharmed(1);
+}
+
+/// Whatever is wanted: the answer is a refusal, and the same agent can come again as often as it likes.
+#[tokio::test]
+async fn wants_beyond_the_end_cost_no_session() {
+    let mut target = target_with("max_sessions = 3\n");
+    for page in [1, 99, u64::MAX / 1024, u64::MAX / 1024 + 1, u64::MAX - 1, u64::MAX, 1 << 63, 2] {
+        let (_endpoint, connection) = target.connect(As::Agent).await;
+        let (mut sender, mut receiver) = connection.greet().await;
+        sender.send(&AgentMessage::OpenRead(OpenRead { point: PointSpec::Latest })).await.expect("sent");
+        assert!(matches!(receiver.receive().await, Ok(Some(ReceiverMessage::ReadOpened(_)))));
+        sender.send(&AgentMessage::Want { volume: VolumeSlot(0), page, blocks: vec![255; 128] }).await.expect("sent");
+        refused(&mut receiver, "a page that is not in this session").await;
+        sender.finish();
+        connection.is_closed("a want beyond the end").await;
+    }
+    target.unharmed(1);
+}
+
+/// A commit of an unchanged volume, right in everything; its session is open.
+async fn empty_commit(
+    target: &Target,
+    sender: &mut ControlSender<AgentMessage>,
+    receiver: &mut ControlReceiver<ReceiverMessage>,
+) -> Commit {
+    sender.send(&AgentMessage::Open(target.open())).await.expect("sent");
+    let Some(ReceiverMessage::Opened(opened)) = receiver.receive().await.expect("an answer") else {
+        panic!("not opened")
+    };
+    let now = unix_millis();
+    Commit {
+        generation: opened.generation,
+        capture_start: now,
+        capture_end: now,
+        delta_digest: backhaul_protocol::digest::DeltaDigester::default().finish(),
+        volumes: vec![CommitVolume { digest: opened.volumes[0].digest.expect("known"), full_scan: now }],
+        ..commit(opened.head)
+    }
+}
+
+async fn refused(receiver: &mut ControlReceiver<ReceiverMessage>, why: &str) {
+    let answer = tokio::time::timeout(Duration::from_secs(15), receiver.receive()).await;
+    match answer.unwrap_or_else(|_| panic!("no answer where one must say: {why}")) {
+        Ok(Some(ReceiverMessage::Refused(refusal))) => assert!(refusal.text.contains(why), "{why}: {}", refusal.text),
+        other => panic!("{why}: {other:?}"),
+    }
 }
