@@ -9,6 +9,7 @@ pub mod status;
 pub mod sync;
 
 use backhaul_cli::{Exit, Meaning};
+use backhaul_volume::VolumeError;
 use backhaul_volume::durable::LockError;
 
 use crate::config::Config;
@@ -83,9 +84,12 @@ fn of_state_io(cause: Option<&(dyn std::error::Error + 'static)>) -> Meaning {
     }
 }
 
-fn of_volume(error: &backhaul_volume::VolumeError) -> Meaning {
-    let missing = std::error::Error::source(error)
-        .and_then(|s| s.downcast_ref::<std::io::Error>())
-        .is_some_and(|e| e.kind() == std::io::ErrorKind::NotFound);
-    (if missing { Exit::NotFound } else { Exit::Failure }, "E_SOURCE", None)
+fn of_volume(error: &VolumeError) -> Meaning {
+    let cause = std::error::Error::source(error).and_then(|s| s.downcast_ref::<std::io::Error>());
+    let exit = match (error, cause.map(std::io::Error::kind)) {
+        (VolumeError::NotAVolume { .. }, _) => Exit::Refused,
+        (_, Some(std::io::ErrorKind::NotFound)) => Exit::NotFound,
+        _ => Exit::Failure,
+    };
+    (exit, "E_SOURCE", None)
 }

@@ -2,6 +2,7 @@
 //!
 //! Read first: [`Settings`] (the file), then [`Config`].
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,6 +18,8 @@ pub const DEFAULT_FILE: &str = "/etc/backhaul/agent.toml";
 pub const DEFAULT_STATE: &str = "/var/lib/backhaul/agent";
 /// `run` makes a point this often where nothing else is said.
 pub const DEFAULT_EVERY: Duration = Duration::from_secs(15);
+/// What `every` may be: below, a round would not end before the next; above, nobody would notice that it stopped.
+pub const EVERY: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(7 * 86_400);
 /// Level 1: the levels below gain no speed worth their size, level 3 costs a third more time for 2 % (measured).
 pub const DEFAULT_LEVEL: i32 = 1;
 
@@ -90,12 +93,16 @@ impl Config {
             return Err(wrong(format!("block_size = {block_size}: want a power of two from 16KiB to 1MiB")));
         }
         let every = settings.every.map_or(DEFAULT_EVERY, |s| s.0);
-        if every < Duration::from_secs(1) || every > Duration::from_secs(7 * 86_400) {
+        if !EVERY.contains(&every) {
             return Err(wrong(format!("every = {every:?}: want from 1s to 7d")));
+        }
+        let receiver = place.receiver.clone().or(settings.receiver);
+        if let Some(text) = &receiver {
+            settings::check_address(text).map_err(|e| wrong(format!("receiver: {e}")))?;
         }
         Ok(Self {
             state: place.state.clone().or(settings.state).unwrap_or_else(|| DEFAULT_STATE.into()),
-            receiver: place.receiver.clone().or(settings.receiver),
+            receiver,
             every,
             threads,
             compression,

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use backhaul_agent::cmd::{self, Context};
 use backhaul_agent::config::{Config, PlaceArgs};
-use backhaul_cli::{CommonArgs, Exit, Output};
+use backhaul_cli::{CommonArgs, Exit, Output, Signals};
 use clap::{Parser, Subcommand};
 
 /// Sends changed blocks of this server's volumes to a receiver, and restores them.
@@ -41,9 +41,13 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = match backhaul_cli::parse() {
+        Ok(cli) => cli,
+        Err(exit) => return exit,
+    };
     let common = cli.common.clone();
-    backhaul_cli::run(&common, cmd::meaning, |out| dispatch(cli, out))
+    let signals = if matches!(cli.command, Command::Run(_)) { Signals::Own } else { Signals::End };
+    backhaul_cli::run(&common, cmd::meaning, signals, |out| dispatch(cli, out))
 }
 
 async fn dispatch(cli: Cli, out: Output) -> anyhow::Result<Exit> {

@@ -86,9 +86,13 @@ pub fn protect(
     named: &[(Name, std::path::PathBuf)],
     block_size: u32,
 ) -> Result<Vec<(ProtectedVolume, Named)>, ProtectError> {
+    let _lock = state.lock_volumes()?;
     let mut volumes = state.volumes()?;
     let mut done: Vec<(ProtectedVolume, Named)> = Vec::new();
-    for (name, path) in named {
+    for (i, (name, path)) in named.iter().enumerate() {
+        if named[..i].iter().any(|(other, _)| other == name) {
+            return Err(ProtectError::Refused(format!("{name} is named twice")));
+        }
         let source = look(name, path)?;
         // What was resolved is kept: a working folder is not part of a volume's identity.
         let path = source.path().to_owned();
@@ -135,6 +139,7 @@ pub fn protect(
 
 /// Takes a volume off; its points stay.
 pub fn unprotect(state: &StateDir, name: &Name) -> Result<Option<ProtectedVolume>, ProtectError> {
+    let _lock = state.lock_volumes()?;
     let mut volumes = state.volumes()?;
     let Some(at) = volumes.iter().position(|v| v.name == *name) else { return Ok(None) };
     let removed = volumes.remove(at);
@@ -148,9 +153,25 @@ pub fn unprotect(state: &StateDir, name: &Name) -> Result<Option<ProtectedVolume
 /// What is protected, looked at anew: a volume that grew gets a new incarnation, one that shrank or was replaced is
 /// refused until it is named again. Gives the volumes and what should be said.
 pub fn refresh(state: &StateDir) -> Result<(Vec<ProtectedVolume>, Vec<String>), ProtectError> {
-    let mut volumes = state.volumes()?;
+    let (volumes, said, Grown::No) = look_again(state.volumes()?)? else {
+        // Read again under the lock, which is a write to the folder and not for every round.
+        let _lock = state.lock_volumes()?;
+        let (volumes, said, _) = look_again(state.volumes()?)?;
+        state.write_volumes(&volumes)?;
+        return Ok((volumes, said));
+    };
+    Ok((volumes, said))
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Grown {
+    No,
+    Yes,
+}
+
+fn look_again(mut volumes: Vec<ProtectedVolume>) -> Result<(Vec<ProtectedVolume>, Vec<String>, Grown), ProtectError> {
     let mut said = Vec::new();
-    let mut grown = false;
+    let mut grown = Grown::No;
     for v in &mut volumes {
         let source = look(&v.name, &v.path)?;
         match v.identity.same_as(source.identity()) {
@@ -160,7 +181,7 @@ pub fn refresh(state: &StateDir) -> Result<(Vec<ProtectedVolume>, Vec<String>), 
                 v.incarnation = v.incarnation.next();
                 v.identity = source.identity().clone();
                 said.push(format!("volume {} grew from {from} to {to} bytes: everything is compared", v.name));
-                grown = true;
+                grown = Grown::Yes;
             }
             IdentityMatch::Shrunk { from, to } => {
                 let what = format!("it shrank from {from} to {to} bytes");
@@ -179,8 +200,5 @@ pub fn refresh(state: &StateDir) -> Result<(Vec<ProtectedVolume>, Vec<String>), 
             ));
         }
     }
-    if grown {
-        state.write_volumes(&volumes)?;
-    }
-    Ok((volumes, said))
+    Ok((volumes, said, grown))
 }

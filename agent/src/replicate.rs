@@ -30,7 +30,7 @@ use tokio::sync::mpsc;
 use crate::connection::{Session, SessionError, unix_millis};
 use crate::pipeline::scanner::{Job, ScanError, ScanShared, ScanVolume, Scanner};
 use crate::pipeline::sender::Sender;
-use crate::state::{Joined, PendingCommit, ProtectedVolume, StateDir, WriterState};
+use crate::state::{Joined, LastPoint, PendingCommit, ProtectedVolume, StateDir, WriterState};
 use crate::tracker::hash_index::HashIndex;
 pub use error::RoundError;
 use feeding::{Feeder, Known, PlannedVolume};
@@ -342,6 +342,9 @@ impl Round<'_> {
         writer.nonce = Some(nonce);
         writer.pending.clear();
         writer.high_water = committed.seq;
+        let (point, consistency) = (committed.seq.0, consistency.to_string());
+        writer.last = Some(LastPoint { point, consistency, protected_until: capture_start.0 });
+        writer.sent += scan.bytes_sent;
         self.state.write_writer(writer)?;
         Ok(committed)
     }

@@ -11,8 +11,10 @@
 //! | `writer.json` | nonces and the newest commits |
 //! | `index/` | digests of blocks, see [`crate::tracker::hash_index`] |
 //! | `lock` | held by `sync` or `run` |
+//! | `volumes.lock` | held while `volumes.json` is read and replaced |
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use backhaul_protocol::geometry::Geometry;
 use backhaul_protocol::ids::{AgentId, CommitId, GroupId, Incarnation, LogSeq, Name, StateId, VolumeId, WriterNonce};
@@ -63,6 +65,9 @@ impl StateError {
         matches!(self, Self::Locked(e) if e.is_retryable())
     }
 }
+
+/// How long another command's change of the list of volumes is waited for; it takes milliseconds.
+const VOLUMES_LOCK: Duration = Duration::from_secs(10);
 
 /// Who the agent is since it joined.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -132,6 +137,21 @@ pub struct WriterState {
     pub pending: Vec<PendingCommit>,
     /// The newest point that was seen committed.
     pub high_water: LogSeq,
+    /// The newest point that this agent made.
+    pub last: Option<LastPoint>,
+    /// Bytes of block records of all points that this agent made.
+    pub sent: u64,
+}
+
+/// A point that this agent made, for `status`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LastPoint {
+    /// Its number.
+    pub point: u64,
+    /// What it claims.
+    pub consistency: String,
+    /// When its first block was read, by this machine's clock; ms since 1970. What the lag counts from.
+    pub protected_until: i64,
 }
 
 /// A commit that was asked for.
@@ -151,6 +171,10 @@ struct WriterFile {
     #[serde(default)]
     pending: Vec<PendingFile>,
     high_water: u64,
+    #[serde(default)]
+    last: Option<LastPoint>,
+    #[serde(default)]
+    sent: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -193,6 +217,19 @@ impl StateDir {
     /// Only one `sync` or `run` at a time.
     pub fn lock(&self) -> Result<Lock, StateError> {
         Ok(durable::lock(&self.path.join("lock"))?)
+    }
+
+    /// Held from reading the list of volumes to replacing it. Waits for another command that is at it.
+    pub fn lock_volumes(&self) -> Result<Lock, StateError> {
+        let begun = Instant::now();
+        loop {
+            match durable::lock(&self.path.join("volumes.lock")) {
+                Err(LockError::Held { .. }) if begun.elapsed() < VOLUMES_LOCK => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                locked => return Ok(locked?),
+            }
+        }
     }
 
     fn unusable(&self, name: &str, what: impl std::fmt::Display) -> StateError {
@@ -346,7 +383,7 @@ impl StateDir {
             pending.push(PendingCommit { base: LogSeq(p.base), commit, nonce });
         }
         let nonce = f.nonce.map(|t| t.parse::<WriterNonce>()).transpose().map_err(wrong)?;
-        Ok(WriterState { nonce, pending, high_water: LogSeq(f.high_water) })
+        Ok(WriterState { nonce, pending, high_water: LogSeq(f.high_water), last: f.last, sent: f.sent })
     }
 
     /// Replaces what the writer must remember.
@@ -359,6 +396,8 @@ impl StateDir {
                 .map(|p| PendingFile { base: p.base.0, commit: p.commit.to_string(), nonce: p.nonce.to_string() })
                 .collect(),
             high_water: writer.high_water.0,
+            last: writer.last.clone(),
+            sent: writer.sent,
         };
         self.write_json("writer.json", &file)
     }

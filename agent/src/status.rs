@@ -28,6 +28,9 @@ pub enum RunState {
     Disconnected,
     /// Somebody must do something.
     Stalled,
+    /// The receiver takes another agent, or an older state of this one, for the group's writer: only an operator's
+    /// `adopt` helps.
+    Diverged,
 }
 
 /// What `run` tells.
@@ -41,6 +44,7 @@ pub struct Report {
     pub point: Option<u64>,
     /// The beginning of the last look that found the volumes equal to the newest point, or made it; ms since 1970. What
     /// the lag counts from.
+    #[serde(rename = "protected_until_ms")]
     pub protected_until: Option<i64>,
     /// Of the newest point.
     pub consistency: Option<String>,

@@ -88,6 +88,9 @@ impl Config {
         if !(1..=100_000).contains(&max_sessions) {
             return Err(wrong(format!("max_sessions = {max_sessions}: want from 1 to 100000")));
         }
+        if let Some(text) = &settings.advertise {
+            settings::check_address(text).map_err(|e| wrong(format!("advertise: {e}")))?;
+        }
         Ok(Self {
             store,
             state: place.state.clone().or(settings.state).unwrap_or_else(|| DEFAULT_STATE.into()),

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use backhaul_cli::{CommonArgs, Exit, Output};
+use backhaul_cli::{CommonArgs, Exit, Output, Signals};
 use backhaul_receiver::cmd::{self, Context};
 use backhaul_receiver::config::{Config, PlaceArgs};
 use clap::{Parser, Subcommand};
@@ -45,9 +45,13 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = match backhaul_cli::parse() {
+        Ok(cli) => cli,
+        Err(exit) => return exit,
+    };
     let common = cli.common.clone();
-    backhaul_cli::run(&common, cmd::meaning, |out| dispatch(cli, out))
+    let signals = if matches!(cli.command, Command::Serve(_)) { Signals::Own } else { Signals::End };
+    backhaul_cli::run(&common, cmd::meaning, signals, |out| dispatch(cli, out))
 }
 
 async fn dispatch(cli: Cli, out: Output) -> anyhow::Result<Exit> {

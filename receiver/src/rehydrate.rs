@@ -12,7 +12,7 @@ use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::ids::Name;
 use backhaul_protocol::store::entry::Page;
 use backhaul_protocol::store::key::GroupKeys;
-use backhaul_volume::rebuild::{Comparer, Found, block_range, differing_ranges, verify_all};
+use backhaul_volume::rebuild::{Comparer, Existing, Found, block_range, differing_ranges, verify_all};
 use backhaul_volume::target::{Durability, Target, TargetError};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{JoinHandle, JoinSet};

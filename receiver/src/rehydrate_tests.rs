@@ -363,8 +363,7 @@ async fn a_dry_run_says_what_would_be_done_and_does_nothing() {
         let mut progress = progress();
         let prepared =
             Prepared::new(group.catalog.clone(), request(&[text(&path)]), &mut progress).await.expect("prepared");
-        let plan = dry_run(&prepared, &mut progress).await.expect("planned");
-        drop(prepared);
+        let plan = dry_run(prepared, &mut progress).await.expect("planned");
         assert_eq!(std::fs::read(&path).ok(), before);
         let v = &plan.volumes[0];
         assert_eq!(v.equal + v.zeroed + v.written, want.len() as u64);

@@ -16,6 +16,7 @@ use backhaul_protocol::ids::{LogSeq, Name};
 use backhaul_protocol::store::log::{PointBody, PointVolume, UnixMillis};
 use backhaul_protocol::wire::message::PointSpec;
 use backhaul_volume::aim;
+use backhaul_volume::rebuild::Existing;
 use backhaul_volume::target::{CheckedTarget, Durability, TargetNeeds};
 use serde::Serialize;
 use tokio::sync::Semaphore;
@@ -75,7 +76,7 @@ pub(crate) struct Job {
     pub(crate) volume: ViewVolume,
     survey: Survey,
     stated: VolumeDigest,
-    checked: CheckedTarget,
+    pub(crate) checked: CheckedTarget,
 }
 
 /// What was done, as it is printed.
@@ -126,6 +127,8 @@ pub struct VolumeOutcome {
     pub expected: String,
     /// Bytes that were written or zeroed.
     pub bytes_written: u64,
+    /// Bytes of a device behind the volume's end, which stay as they were.
+    pub beyond: u64,
     /// What lost blocks hold now: `zero` or `left as they were`.
     pub lost_blocks: &'static str,
 }
@@ -177,11 +180,8 @@ impl Prepared {
         Ok(Self { request, log, counting, view, jobs, started, point: seq, time, consistency, damaged })
     }
 
-    pub(crate) fn jobs(&self) -> &[Job] {
-        &self.jobs
-    }
-    pub(crate) fn view(&self) -> &View {
-        &self.view
+    pub(crate) fn into_jobs(self) -> (Arc<View>, Vec<Job>) {
+        (self.view, self.jobs)
     }
 
     /// Restores, and reads everything back.
@@ -243,6 +243,7 @@ fn volume_outcome(r: &Restoring, stated: VolumeDigest, path: &Path, w: &Written,
         digest: v.digest.to_string(),
         expected: stated.to_string(),
         bytes_written: w.written,
+        beyond: r.target.beyond(),
         lost_blocks: if r.target.is_fresh() { "zero" } else { "left as they were" },
     }
 }

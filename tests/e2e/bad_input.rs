@@ -22,6 +22,27 @@ fn setup() -> (Fixture, Serving, Agent) {
 }
 
 #[test]
+fn wrong_usage_is_told_as_every_other_error() {
+    let f = Fixture::bare();
+    let agent = f.agent("agent");
+    for bad in
+        [&["sync", "--no-such-flag"][..], &["restore"], &["nonsense"], &["protect", "x"], &["run", "--every", "8d"]]
+    {
+        agent.run(bad).fails(2, "E_USAGE");
+    }
+    for bad in [&["points", "UPPER"][..], &["restore", "web"], &["token"], &["token", "--group", "a", "--address", "x"]]
+    {
+        f.receiver(bad).fails(2, "E_USAGE");
+    }
+    for program_name in ["backhaul-agent", "backhaul-receiver"] {
+        let mut command = Command::new(program(program_name));
+        command.arg("--help");
+        let ran = run(command, None);
+        assert!(ran.code == Some(0) && ran.out.contains("Usage") && ran.err.is_empty(), "{ran:#?}");
+    }
+}
+
+#[test]
 fn settings_that_are_wrong() {
     let f = Fixture::bare();
     let agent = f.agent("agent");
@@ -44,6 +65,8 @@ fn settings_that_are_wrong() {
         "every = \"5 parsecs\"",
         "every = 15",
         "receiver = 5",
+        "receiver = \"nowhere\"",
+        "receiver = \"::1:4433\"",
         "threads = ",
         "[table]",
         "\u{0}",
@@ -67,6 +90,8 @@ fn settings_that_are_wrong() {
         "listen = \"1.2.3.4:99999\"",
         "store = \"ftp://x/y\"",
         "store = \"\"",
+        "advertise = \"https://dr.example.com\"",
+        "advertise = \"dr.example.com:0\"",
     ] {
         std::fs::write(&file, bad).expect("there is room");
         let mut command = Command::new(program("backhaul-receiver"));

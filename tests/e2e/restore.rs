@@ -123,6 +123,27 @@ fn a_dry_run_of_a_new_file_makes_none() {
 }
 
 #[test]
+fn a_plan_over_the_network_is_what_the_restore_does() {
+    let s = setup();
+    let serving = s.f.serve();
+    let agent = s.f.agent("agent").through(&serving.address());
+    let to = s.f.path("target");
+    let to_text = to.to_str().expect("UTF-8");
+    let plan = agent.run(&["restore", "data@3", "--to", to_text, "--dry-run"]).ok();
+    assert_eq!((number(&plan["volumes"][0], "length"), to.exists()), (LEN, false));
+    std::fs::copy(&s.then[0], &to).expect("there is room");
+    let plan = agent.run(&["restore", "data@3", "--to", to_text, "--dry-run"]).ok();
+    assert!(image::same(&to, &s.then[0]), "a plan writes nothing");
+    let (written, zeroed) = (number(&plan["volumes"][0], "written"), number(&plan["volumes"][0], "zeroed"));
+    assert!(written > 0 && zeroed > 0, "{plan}");
+    assert_eq!(written + zeroed + number(&plan["volumes"][0], "equal"), LEN);
+    let restored = agent.run(&["restore", "data@3", "--to", to_text]).ok();
+    assert!(image::same(&to, &s.then[2]));
+    assert_eq!(number(&restored, "bytes_written"), written + zeroed);
+    agent.run(&["restore", "data@3", "--to", &format!("other={to_text}")]).fails(2, "E_USAGE");
+}
+
+#[test]
 fn killed_and_run_again() {
     let s = setup();
     let to = s.f.path("target");

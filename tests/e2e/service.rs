@@ -33,7 +33,7 @@ fn run_commits_when_something_changed_and_only_then() {
     let mut running = agent.start(&["run", "--every", "1s"]);
     until("the first point", PROMPT, || f.points().len() == 1);
     until("in step", PROMPT, || state(&agent) == "continuous");
-    let until_when = || agent.run(&["status"]).ok()["protected_until"].as_i64().expect("a time");
+    let until_when = || agent.run(&["status"]).ok()["protected_until_ms"].as_i64().expect("a time");
     let first = until_when();
     until("heartbeats", PROMPT, || until_when() > first + 3000);
     assert_eq!(f.points().len(), 1, "nothing changed: no point");
@@ -50,13 +50,32 @@ fn run_commits_when_something_changed_and_only_then() {
     assert_eq!(status["volumes"][0]["name"], "data");
     agent.run(&["status", "--check", "--max-lag", "1ms"]).fails(7, "E_LAG");
     agent.run(&["sync"]).fails(11, "E_BUSY");
-    agent.run(&["protect", "x=/dev/null"]).fails(11, "E_BUSY");
 
+    // A service does not end with the terminal that started it.
+    running.signal(Signal::HUP);
     running.signal(Signal::TERM);
     assert_eq!(running.wait(Duration::from_secs(10)).code(), Some(0), "{}", running.err());
-    agent.run(&["status", "--check"]).fails(7, "E_LAG");
-    assert_eq!(agent.run(&["status"]).ok()["running"], false);
+    std::thread::sleep(Duration::from_millis(20));
+    let lag = agent.run(&["status", "--check", "--max-lag", "10ms"]).fails(7, "E_LAG");
+    assert!(lag["error"]["message"].as_str().is_some_and(|m| m.contains("not running")), "{lag}");
+    let status = agent.run(&["status", "--check", "--max-lag", "5m"]).ok();
+    assert_eq!((&status["running"], number(&status, "highest_point_seen")), (&Value::Bool(false), 2));
+    assert!(status["protected_until"].as_str().is_some() && number(&status, "sent_bytes") > 4 * MIB, "{status}");
     agent.sync();
+}
+
+#[test]
+fn volumes_are_named_while_run_works() {
+    let (f, _serving, agent) = setup();
+    let _running = agent.start(&["run", "--every", "1s"]);
+    until("the first point", PROMPT, || f.points().len() == 1);
+    image::random(&f.path("more.img"), MIB, &mut Random::new(5));
+    agent.run(&["protect", "x=/dev/null"]).fails(4, "E_SOURCE");
+    agent.protect("more", &f.path("more.img"));
+    let names = || f.points().last().map(|p| p["volumes"].as_array().map_or(0, Vec::len));
+    until("it takes a second volume up", PROMPT, || names() == Some(2));
+    agent.run(&["unprotect", "data"]).ok();
+    until("and lets one go", PROMPT, || names() == Some(1));
 }
 
 #[test]
@@ -101,17 +120,21 @@ fn status_turns_red_when_the_receiver_is_gone_and_green_again() {
 }
 
 #[test]
-fn interrupted_with_sigint() {
+fn interrupted_by_a_signal() {
     let (f, serving, agent) = setup();
     image::random(&f.path("disk.img"), 200 * MIB, &mut Random::new(2));
     let network = Network::to(serving.socket());
     let agent = agent.through(&network.address());
     agent.protect("data", &f.path("disk.img"));
-    let mut child = agent.start(&["sync"]);
-    until("under way", PROMPT, || network.bytes_up() > MIB);
-    child.signal(Signal::INT);
-    assert_eq!(child.wait(Duration::from_secs(10)).code(), Some(130), "{}", child.err());
-    assert!(f.points().is_empty());
+    for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
+        let before = network.bytes_up();
+        let mut child = agent.start(&["sync"]);
+        until("under way", PROMPT, || network.bytes_up() > before + MIB);
+        child.signal(signal);
+        assert_eq!(child.wait(Duration::from_secs(10)).code(), Some(130), "{}", child.err());
+        assert!(child.err().contains("interrupted by"), "{}", child.err());
+        assert!(f.points().is_empty());
+    }
     agent.sync();
 }
 

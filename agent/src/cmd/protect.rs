@@ -45,7 +45,6 @@ struct Rows {
 pub fn protect(args: &ProtectArgs, ctx: &Context, out: &Output) -> anyhow::Result<Exit> {
     let state = ctx.state();
     state.expect_joined()?;
-    let _lock = state.lock()?;
     let done = protect::protect(&state, &args.volumes, ctx.config.block_size)?;
     let mut rows = Vec::new();
     let mut lines = Vec::new();
@@ -92,7 +91,6 @@ struct Removed {
 pub fn unprotect(args: &UnprotectArgs, ctx: &Context, out: &Output) -> anyhow::Result<Exit> {
     let state = ctx.state();
     state.expect_joined()?;
-    let _lock = state.lock()?;
     let Some(removed) = protect::unprotect(&state, &args.name)? else {
         let text = format!("no volume {} is protected; `backhaul-agent status` lists them", args.name);
         return Err(Failure::new(Exit::NotFound, "E_NOTFOUND", text).into());

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 
 use super::Context;
 use crate::connection::{Connected, connect};
-use crate::network_restore::{RestoreError, RestoreReport, RestoreRequest, restore};
+use crate::network_restore::{RestoreError, RestoreReport, RestoreRequest, plan, restore};
 
 /// How the target is read back at the end.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -34,6 +34,9 @@ pub struct RestoreArgs {
     /// Serial or name of a device that has content and may be overwritten
     #[arg(long = "confirm-target", value_name = "NAME_OR_SERIAL")]
     pub confirm_target: Vec<String>,
+    /// Say what would be done and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// `[VOLUME][@POINT]`.
@@ -71,7 +74,14 @@ pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Resul
     let wants_device = args.verify == Verify::Device;
     let Connected { endpoint, connection, sender, receiver } =
         connect(&state, &joined, ctx.config.receiver.as_deref()).await?;
-    let mut progress = out.progress(4);
+    let mut progress = out.progress(if args.dry_run { 2 } else { 4 });
+    if args.dry_run {
+        let planned = plan((sender, receiver), request, &mut progress, |w| out.warn(w)).await;
+        endpoint.close(CloseCode::Done, "").await;
+        let planned = planned.map_err(failure)?;
+        out.result("backhaul.restore-plan/1", &planned, &planned.to_string());
+        return Ok(Exit::Done);
+    }
     let report = restore(&connection, (sender, receiver), request, &mut progress, |w| out.warn(w)).await;
     endpoint.close(CloseCode::Done, "").await;
     let report = report.map_err(failure)?;
@@ -109,6 +119,7 @@ fn describe(r: &RestoreReport) -> String {
     let mut lines = vec![format!("restored point {} ({}, {})", r.point, r.time, r.consistency)];
     for v in &r.volumes {
         lines.push(format!("  {} to {}: digest {}", v.name, v.target, v.digest));
+        lines.extend(text::beyond(v.beyond));
     }
     lines.push(format!(
         "  {} read to compare, {} fetched, {} written, {} read back and equal (verified: {}), in {}",

@@ -10,6 +10,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Context;
+use crate::config::EVERY;
 use crate::connection::{Session, connect};
 use crate::protect;
 use crate::replicate::{CommitWhen, Round, RoundError, RoundReport};
@@ -31,13 +32,13 @@ pub struct RunArgs {
 
 /// Runs the command until SIGTERM or SIGINT.
 pub async fn run(args: RunArgs, ctx: &Context, out: Output) -> anyhow::Result<Exit> {
+    let every = args.every.unwrap_or(ctx.config.every);
+    if !EVERY.contains(&every) {
+        return Err(Failure::new(Exit::Usage, "E_USAGE", "--every wants from 1s to 7d").into());
+    }
     let state = ctx.state();
     let joined = state.expect_joined()?;
     let _lock = state.lock()?;
-    let every = args.every.unwrap_or(ctx.config.every);
-    if every < Duration::from_secs(1) {
-        return Err(Failure::new(Exit::Usage, "E_USAGE", "--every wants at least 1s").into());
-    }
     let status = StatusServer::start(&state)?;
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut service = Service {
@@ -100,10 +101,12 @@ impl Service<'_> {
             Err(error) => {
                 self.session = None;
                 self.failures += 1;
-                let retryable = error.downcast_ref::<RoundError>().is_none_or(RoundError::is_retryable);
-                let (state, backoff) = if retryable {
+                let round = error.downcast_ref::<RoundError>();
+                let (state, backoff) = if round.is_none_or(RoundError::is_retryable) {
                     let doubled = Duration::from_millis(500) * 2u32.saturating_pow(self.failures.min(8));
                     (RunState::Disconnected, jitter(doubled.min(MAX_BACKOFF)))
+                } else if round.is_some_and(RoundError::is_divergence) {
+                    (RunState::Diverged, MAX_BACKOFF)
                 } else {
                     (RunState::Stalled, MAX_BACKOFF)
                 };

@@ -9,12 +9,13 @@ use serde::Serialize;
 
 use super::Context;
 use crate::connection::unix_millis;
+use crate::state::LastPoint;
 use crate::status::{Report, ask};
 
 /// Options of `status`.
 #[derive(Args, Clone, Debug)]
 pub struct StatusArgs {
-    /// Exit 7 unless `run` is at work and the lag is within --max-lag
+    /// Exit 7 if the lag is over --max-lag, or there is no point
     #[arg(long)]
     pub check: bool,
     /// The longest lag that is right
@@ -38,8 +39,12 @@ struct Status {
     running: bool,
     #[serde(flatten)]
     report: Option<Report>,
+    /// RFC 3339: what is written before is in the newest point.
+    protected_until: Option<String>,
     lag_seconds: Option<f64>,
     highest_point_seen: u64,
+    /// Bytes of block records of all points that this agent made.
+    sent_bytes: u64,
     pruned: bool,
     volumes: Vec<Volume>,
 }
@@ -51,16 +56,18 @@ pub async fn run(args: StatusArgs, ctx: &Context, out: Output) -> anyhow::Result
     let volumes = state.volumes()?;
     let writer = state.writer()?;
     let report = ask(&state).await;
-    let lag = report.as_ref().and_then(|r| r.protected_until).map(|at| {
-        // A clock that went backwards is no protection: the lag is never less than nothing.
-        Duration::from_millis(u64::try_from(unix_millis().0 - at).unwrap_or(0))
-    });
+    // Before its first round has ended, `run` knows no more than what was written down.
+    let until = report.as_ref().and_then(|r| r.protected_until).or(writer.last.as_ref().map(|l| l.protected_until));
+    // A clock that went backwards is no protection: the lag is never less than nothing.
+    let lag = until.map(|at| Duration::from_millis(u64::try_from(unix_millis().0.saturating_sub(at)).unwrap_or(0)));
     let mut lines = vec![format!("group {}, agent {}, receiver {}", joined.group_name, joined.agent, joined.receiver)];
-    match &report {
-        None => lines.push("not running: points are made by `backhaul-agent sync` or `run`".into()),
-        Some(r) => lines.push(describe(r, lag)),
-    }
-    lines.push(format!("highest point seen {}; nothing is pruned", writer.high_water));
+    lines.push(match &report {
+        None => "not running: points are made by `backhaul-agent sync` or `run`".into(),
+        Some(r) => describe(r),
+    });
+    lines.push(newest(report.as_ref(), writer.last.as_ref(), until, lag));
+    let sent = text::bytes(writer.sent);
+    lines.push(format!("highest point seen {}; {sent} sent for points so far; nothing is pruned", writer.high_water));
     lines.extend(
         volumes.iter().map(|v| format!("  {}  {}  {}", v.name, v.path.display(), text::bytes(v.geometry.length()))),
     );
@@ -69,9 +76,11 @@ pub async fn run(args: StatusArgs, ctx: &Context, out: Output) -> anyhow::Result
         agent: joined.agent.to_string(),
         receiver: joined.receiver.clone(),
         running: report.is_some(),
+        protected_until: until.map(|at| text::time(UnixMillis(at))),
         lag_seconds: lag.map(|l| l.as_secs_f64()),
         report,
         highest_point_seen: writer.high_water.0,
+        sent_bytes: writer.sent,
         pruned: false,
         volumes: volumes
             .iter()
@@ -84,30 +93,38 @@ pub async fn run(args: StatusArgs, ctx: &Context, out: Output) -> anyhow::Result
             .collect(),
     };
     if args.check && lag.is_none_or(|l| l > args.max_lag) {
-        let why = match (&status.report, lag) {
-            (None, _) => "`backhaul-agent run` is not running".to_owned(),
-            (Some(_), None) => "no round has ended yet".to_owned(),
-            (Some(_), Some(l)) => {
-                format!("the lag is {}, allowed are {}", text::duration(l), text::duration(args.max_lag))
-            }
+        let why = match lag {
+            None => "there is no point yet".to_owned(),
+            Some(l) => format!("the lag is {}, allowed are {}", text::duration(l), text::duration(args.max_lag)),
         };
-        let cause = status.report.as_ref().and_then(|r| r.cause.clone()).map_or(String::new(), |c| format!(": {c}"));
+        let cause = match &status.report {
+            None => ": `backhaul-agent run` is not running".to_owned(),
+            Some(r) => r.cause.as_ref().map_or(String::new(), |c| format!(": {c}")),
+        };
         return Err(Failure::new(Exit::Lag, "E_LAG", format!("{why}{cause}")).into());
     }
     out.result("backhaul.status/1", &status, &lines.join("\n"));
     Ok(Exit::Done)
 }
 
-fn describe(r: &Report, lag: Option<Duration>) -> String {
+fn describe(r: &Report) -> String {
     let state = serde_json::to_value(r.state).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
-    let point = r.point.map_or("no point yet".into(), |p| format!("newest point {p}"));
-    let lag = match (r.protected_until, lag) {
-        (Some(at), Some(lag)) => {
-            format!(", protected until {} (lag {})", text::time(UnixMillis(at)), text::duration(lag))
-        }
-        _ => String::new(),
+    match &r.cause {
+        None => state,
+        Some(cause) => format!("{state}: {cause}"),
+    }
+}
+
+/// The newest point and what it is worth now. `run` has seen it or one of this agent's own; another agent's is neither.
+fn newest(report: Option<&Report>, own: Option<&LastPoint>, until: Option<i64>, lag: Option<Duration>) -> String {
+    let point = report.and_then(|r| r.point).or(own.map(|l| l.point));
+    let (Some(point), Some(until), Some(lag)) = (point, until, lag) else {
+        return "no point yet".into();
     };
-    let consistency = r.consistency.as_ref().map_or(String::new(), |c| format!(", {c}"));
-    let cause = r.cause.as_ref().map_or(String::new(), |c| format!("\n{c}"));
-    format!("{state}: {point}{consistency}{lag}{cause}")
+    let consistency = own.filter(|l| l.point == point).map_or(String::new(), |l| format!(" ({})", l.consistency));
+    format!(
+        "newest point {point}{consistency}, protected until {} (lag {})",
+        text::time(UnixMillis(until)),
+        text::duration(lag)
+    )
 }

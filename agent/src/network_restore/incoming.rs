@@ -52,8 +52,6 @@ pub(super) struct State {
     pages: HashMap<PageIndex, Wanted>,
     /// Bytes of records that came, of all volumes.
     pub(super) bytes: u64,
-    /// Plain bytes that were written, of this volume.
-    pub(super) written: u64,
 }
 
 /// The volume that records come for.
@@ -92,7 +90,6 @@ impl Incoming {
     /// Records of this volume come next; the one before is whole.
     pub(super) fn begin(&self, v: &ReadVolume, target: Arc<Target>, durability: Durability, phase: &Phase) {
         let mut state = self.lock();
-        state.written = 0;
         let (slot, name, geometry, phase) = (v.slot, v.name.clone(), v.geometry, phase.clone());
         state.volume = Some(Receiving { slot, name, geometry, target, durability, phase });
     }
@@ -159,7 +156,6 @@ impl Incoming {
         state.bytes += batch.len() as u64;
         for record in &records {
             let len = volume.geometry.block_len(record.header.block) as u64;
-            state.written += len;
             volume.phase.add(len);
             let page = record.header.block.page();
             if let Some(wanted) = state.pages.get_mut(&page) {

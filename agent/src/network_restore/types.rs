@@ -153,4 +153,6 @@ pub struct VolumeReport {
     pub digest: String,
     /// Bytes that were written or zeroed.
     pub bytes_written: u64,
+    /// Bytes of a device behind the volume's end, which stay as they were.
+    pub beyond: u64,
 }

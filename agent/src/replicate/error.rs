@@ -2,6 +2,7 @@
 
 use backhaul_protocol::ids::Name;
 use backhaul_protocol::session::source::SourceError;
+use backhaul_protocol::wire::message::Reason;
 use backhaul_volume::VolumeError;
 
 use crate::connection::SessionError;
@@ -48,6 +49,11 @@ impl RoundError {
             Self::Index(e) => e.is_retryable(),
             Self::State(e) => e.is_retryable(),
         }
+    }
+
+    /// Whether the receiver says that this agent is not the group's writer any more.
+    pub fn is_divergence(&self) -> bool {
+        matches!(self, Self::Session(SessionError::Source(SourceError::Refused(r))) if r.reason == Reason::Diverged)
     }
 }
 

@@ -4,6 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
+use backhaul_protocol::ids::Name;
+
 use crate::target::{CheckedTarget, Refusal, Target, TargetError, TargetNeeds};
 
 /// Which of the volumes goes where, by what was typed: `NAME=TARGET` for each, or `TARGET` where there is one. The numbers
@@ -18,7 +20,12 @@ pub fn match_targets(volumes: &[&str], typed: &[String]) -> Result<Vec<(usize, P
         });
         match named {
             Some((volume, path)) => out.push((volume, path.into())),
-            None if volumes.len() == 1 && left.len() == 1 => out.push((left.remove(0), one.into())),
+            None if volumes.len() == 1 && left.len() == 1 && !is_for_another(one) => {
+                out.push((left.remove(0), one.into()));
+            }
+            None if volumes.len() == 1 && is_for_another(one) => {
+                return Err(format!("--to {one}: the volume is {}; a path that is meant is ./{one}", volumes[0]));
+            }
             None => return Err(format!("--to {one}: want --to NAME=TARGET, each of {} once", volumes.join(", "))),
         }
     }
@@ -36,6 +43,12 @@ pub fn match_targets(volumes: &[&str], typed: &[String]) -> Result<Vec<(usize, P
         }
     }
     Ok(out)
+}
+
+/// Whether this is NAME=TARGET, here of a volume that is not restored. Taken for a path, it would be a new file of a
+/// strange name instead of the device that was meant.
+fn is_for_another(typed: &str) -> bool {
+    typed.split_once('=').is_some_and(|(name, _)| name.parse::<Name>().is_ok())
 }
 
 fn is_same_place(a: &Path, b: &Path) -> bool {
@@ -92,7 +105,8 @@ mod tests {
         };
         assert_eq!(aim(&["a"], &["x"]), Ok(vec![(0, "x".into())]));
         assert_eq!(aim(&["a"], &["a=x"]), Ok(vec![(0, "x".into())]));
-        assert_eq!(aim(&["a"], &["b=x"]), Ok(vec![(0, "b=x".into())]), "a path may have a =");
+        assert_eq!(aim(&["a"], &["./b=x"]), Ok(vec![(0, "./b=x".into())]), "a path may have a =");
+        assert!(aim(&["a"], &["b=x"]).is_err(), "another volume's target");
         assert_eq!(aim(&["a", "b"], &["b=x", "a=y"]), Ok(vec![(1, "x".into()), (0, "y".into())]));
         for bad in [&["x"][..], &["a=x"], &["a=x", "a=y"], &["a=x", "b=x"], &["a=x", "b=y", "c=z"], &["a=", "b=y"]] {
             assert!(aim(&["a", "b"], bad).is_err(), "{bad:?}");

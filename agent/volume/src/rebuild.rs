@@ -5,9 +5,9 @@
 //! may block. It decides nothing: what a page must hold comes in as block digests.
 
 use std::ops::Range;
-use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use backhaul_protocol::digest::{BlockDigest, RangeDigest, VolumeDigest, VolumeDigester};
 use backhaul_protocol::geometry::{BlockIndex, ByteOffset, Geometry, PageIndex};
@@ -80,8 +80,26 @@ pub fn block_range(geometry: Geometry, block: BlockIndex) -> Range<u64> {
     start..start + geometry.block_len(block) as u64
 }
 
+/// What a restore finds, before or after it was opened for writing.
+pub trait Existing: Volume {
+    /// Whether all of it reads as zeroes since it was just created, is empty, or is not there yet.
+    fn is_fresh(&self) -> bool;
+    /// Whether it is a block device.
+    fn is_device(&self) -> bool;
+}
+
+impl<T: Existing> Existing for Arc<T> {
+    fn is_fresh(&self) -> bool {
+        (**self).is_fresh()
+    }
+
+    fn is_device(&self) -> bool {
+        (**self).is_device()
+    }
+}
+
 /// How much is read from a target at once.
-fn read_len(target: &Target) -> usize {
+fn read_len(target: &impl Existing) -> usize {
     if target.is_device() { DEVICE_READ } else { FILE_READ }
 }
 
@@ -93,12 +111,12 @@ pub struct Comparer {
 
 impl Comparer {
     /// For a volume of this geometry.
-    pub fn new(target: &Target, geometry: Geometry) -> Self {
+    pub fn new(target: &impl Existing, geometry: Geometry) -> Self {
         Self { geometry, scanner: PageScanner::new(geometry, read_len(target)) }
     }
 
     /// What the target holds of a page, and how many bytes were read to know it. A fresh target is not read.
-    pub fn look(&mut self, target: &Target, page: PageIndex) -> Result<(Found, u64), TargetError> {
+    pub fn look(&mut self, target: &impl Existing, page: PageIndex) -> Result<(Found, u64), TargetError> {
         if target.is_fresh() {
             return Ok((Found::Fresh, 0));
         }

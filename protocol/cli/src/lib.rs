@@ -7,16 +7,19 @@
 
 mod failure;
 mod output;
+mod plan;
 mod progress;
 pub mod settings;
 pub mod text;
 
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, Parser};
+use tokio::signal::unix::{SignalKind, signal};
 
 pub use failure::{Classifier, Exit, Failure, Meaning, classify, of_reason};
 pub use output::Output;
+pub use plan::{RestorePlan, VolumePlan};
 pub use progress::{Phase, Progress};
 
 /// Options of every command.
@@ -36,9 +39,38 @@ pub struct CommonArgs {
     pub quiet: bool,
 }
 
-/// Runs a command to its exit code: sets up logs, prints the error if there is one. `command` is given the output and
-/// runs on a runtime that ends with an interrupt (SIGINT: exit 130), unless it handles that itself.
-pub fn run<F>(common: &CommonArgs, own_errors: Classifier, command: impl FnOnce(Output) -> F) -> ExitCode
+/// What was typed. Wrong usage is told as every other error, as JSON too if that was asked for; help and version are
+/// printed. Both end the program with the exit code that is given.
+pub fn parse<C: Parser>() -> Result<C, ExitCode> {
+    C::try_parse().map_err(|error| {
+        let is_wrong = error.use_stderr();
+        if is_wrong && std::env::args_os().any(|a| a == "--json") {
+            let text = error.to_string();
+            let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+            output::print_error("E_USAGE", message, Some("the same command with --help tells what it takes"));
+        }
+        // A terminal that went away is no error of ours.
+        let _ = error.print();
+        if is_wrong { Exit::Usage.into() } else { Exit::Done.into() }
+    })
+}
+
+/// Who acts on a signal that asks the program to end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Signals {
+    /// [`run`]: the command is dropped where it is, exit 130.
+    End,
+    /// The command itself: a service that ends in order, exit 0.
+    Own,
+}
+
+/// Runs a command to its exit code: sets up logs, prints the error if there is one. `command` is given the output.
+pub fn run<F>(
+    common: &CommonArgs,
+    own_errors: Classifier,
+    signals: Signals,
+    command: impl FnOnce(Output) -> F,
+) -> ExitCode
 where
     F: Future<Output = anyhow::Result<Exit>>,
 {
@@ -52,7 +84,7 @@ where
         tokio::select! {
             biased;
             result = command(output.clone()) => result,
-            _ = interrupted() => Err(Failure::new(Exit::Interrupted, "E_INTERRUPTED", "interrupted").into()),
+            failure = interrupted(signals) => Err(failure.into()),
         }
     });
     // Blocking reads and writes that are under way must not keep an interrupted command.
@@ -63,11 +95,25 @@ where
     }
 }
 
-/// Waits for SIGINT.
-async fn interrupted() {
-    if tokio::signal::ctrl_c().await.is_err() {
-        std::future::pending::<()>().await;
+/// Waits for a signal that ends the command. SIGHUP is one: the terminal is gone, and with it who waits for the result.
+/// A service does not end with the terminal that started it.
+async fn interrupted(signals: Signals) -> Failure {
+    if signals == Signals::Own {
+        let Ok(mut hup) = signal(SignalKind::hangup()) else { return std::future::pending().await };
+        while hup.recv().await.is_some() {
+            tracing::warn!("SIGHUP is ignored: settings are read when the service starts");
+        }
+        return std::future::pending().await;
     }
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+    let [Ok(mut int), Ok(mut term), Ok(mut hup)] = kinds.map(signal) else { return std::future::pending().await };
+    let name = tokio::select! {
+        _ = int.recv() => "SIGINT",
+        _ = term.recv() => "SIGTERM",
+        _ = hup.recv() => "SIGHUP",
+    };
+    Failure::new(Exit::Interrupted, "E_INTERRUPTED", format!("interrupted by {name}"))
+        .next("type the same command again: what is done already is not done twice")
 }
 
 fn init_logs(common: &CommonArgs) {
@@ -78,7 +124,14 @@ fn init_logs(common: &CommonArgs) {
         _ => "debug",
     };
     // Only our own crates: libraries log keys and addresses that nobody asked for.
-    let ours = ["backhaul_agent", "backhaul_receiver", "backhaul_transport", "backhaul_volume", "backhaul_protocol"];
+    let ours = [
+        "backhaul_cli",
+        "backhaul_agent",
+        "backhaul_receiver",
+        "backhaul_transport",
+        "backhaul_volume",
+        "backhaul_protocol",
+    ];
     let filter = ours.iter().map(|c| format!("{c}={level}")).collect::<Vec<_>>().join(",");
     let filter = std::env::var("BACKHAUL_LOG").unwrap_or(filter);
     let _ = tracing_subscriber::fmt()

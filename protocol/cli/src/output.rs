@@ -45,8 +45,7 @@ impl Output {
         let (exit, code, next) = classify(error, self.own_errors);
         let message = whole_chain(error);
         if self.json {
-            let error = json!({ "code": code, "message": message, "next": next });
-            print_line(&json!({ "schema": "backhaul.error/1", "error": error }).to_string());
+            print_error(code, &message, next.as_deref());
         }
         let mut err = std::io::stderr().lock();
         let _ = writeln!(err, "error[{code}]: {message}");
@@ -72,6 +71,12 @@ impl Output {
     pub fn progress(&self, phases: usize) -> Progress {
         Progress::new(phases, self.quiet)
     }
+}
+
+/// An error as JSON.
+pub(crate) fn print_error(code: &str, message: &str, next: Option<&str>) {
+    let error = json!({ "code": code, "message": message, "next": next });
+    print_line(&json!({ "schema": "backhaul.error/1", "error": error }).to_string());
 }
 
 /// A reader that went away (`| head`) is no error of ours.

@@ -22,6 +22,19 @@ pub fn load<T: DeserializeOwned + Default>(named: Option<&Path>, default: &Path)
     }
 }
 
+/// Whether this is HOST:PORT, with a port that can be connected to; an IPv6 address stands in brackets.
+pub fn check_address(text: &str) -> Result<(), String> {
+    let parts = text.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)));
+    let is_host = |host: &str| match host.strip_prefix('[') {
+        Some(rest) => rest.strip_suffix(']').is_some_and(|ip| ip.parse::<std::net::Ipv6Addr>().is_ok()),
+        None => !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b)),
+    };
+    match parts {
+        Some((host, 1..)) if is_host(host) => Ok(()),
+        _ => Err(format!("\"{text}\" is not HOST:PORT")),
+    }
+}
+
 fn one_line(text: &str) -> String {
     text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ")
 }
@@ -45,5 +58,22 @@ impl<'de> serde::Deserialize<'de> for Span {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let text = String::deserialize(d)?;
         crate::text::parse_duration(&text).map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses() {
+        for good in ["dr.example.com:4433", "10.0.0.1:1", "[2001:db8::1]:65535", "localhost:4433"] {
+            assert_eq!(check_address(good), Ok(()));
+        }
+        for bad in
+            ["", "host", ":1", "host:", "host:0", "host:65536", "2001:db8::1:4433", "[::1:4433", "a b:1", "https://a:1"]
+        {
+            assert!(check_address(bad).is_err(), "{bad}");
+        }
     }
 }

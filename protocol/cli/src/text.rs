@@ -21,6 +21,13 @@ pub fn bytes(n: u64) -> String {
     format!("{value:.1} {}", UNITS[unit])
 }
 
+/// What a restore says of a device that is larger than the volume, in bytes more; `None` if it is not.
+pub fn beyond(more: u64) -> Option<String> {
+    (more > 0).then(|| {
+        format!("    the device has {} more, behind the volume's end: they were left as they were", bytes(more))
+    })
+}
+
 /// `16MiB`, `64K`, `1000`: bytes.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let wrong = || format!("\"{text}\" is not a size: want a number with KiB, MiB, GiB or TiB");

@@ -100,7 +100,7 @@ pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Resul
         ));
     }
     if args.dry_run {
-        let plan = dry_run(&prepared, &mut progress).await.map_err(failure)?;
+        let plan = dry_run(prepared, &mut progress).await.map_err(failure)?;
         out.result("backhaul.restore-plan/1", &plan, &plan.to_string());
         return Ok(Exit::Done);
     }
@@ -169,6 +169,7 @@ fn describe(o: &Outcome) -> String {
     let mut lines = vec![format!("restored {}@{} ({}, {})", o.group, o.point, o.time, o.consistency)];
     for v in &o.volumes {
         lines.push(format!("  {} to {}: {}, digest {}", v.name, v.target, b(v.length), v.digest));
+        lines.extend(text::beyond(v.beyond));
     }
     lines.push(format!(
         "  {} read to compare, {} fetched, {} written, {} read back{} (verified: {}), in {}",

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use backhaul_cli::{Exit, Failure, Output, text};
+use backhaul_cli::{Exit, Failure, Output, settings, text};
 use backhaul_protocol::ids::Name;
 use backhaul_protocol::store::fleet::AgentRole;
 use clap::Args;
@@ -44,10 +44,7 @@ pub async fn run(args: TokenArgs, ctx: &Context, out: Output) -> anyhow::Result<
         Failure::new(Exit::Usage, "E_USAGE", "the token must say where the server reaches this receiver")
             .next("add --address HOST:PORT, or set `advertise` in the settings")
     })?;
-    let port = address.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)));
-    if port.is_none_or(|(host, port)| host.is_empty() || port == 0) {
-        return Err(Failure::new(Exit::Usage, "E_USAGE", format!("\"{address}\" is not HOST:PORT")).into());
-    }
+    settings::check_address(&address).map_err(|e| Failure::new(Exit::Usage, "E_USAGE", e))?;
     if args.ttl.is_zero() || args.ttl > MAX_TTL {
         return Err(Failure::new(Exit::Usage, "E_USAGE", "--ttl wants from 1s to 7d").into());
     }

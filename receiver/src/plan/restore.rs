@@ -1,11 +1,9 @@
 //! What a restore does to a window of pages: from what they must hold and what the target has.
 //!
-//! Read first: [`plan_window`]. Pure; prints itself for `--dry-run`.
+//! Read first: [`plan_window`]. Pure.
 
-use std::fmt;
 use std::ops::{AddAssign, Range};
 
-use backhaul_cli::text;
 use backhaul_protocol::geometry::{Geometry, PageIndex};
 use backhaul_protocol::ids::VolumeSlot;
 use backhaul_protocol::limits::BLOCKS_PER_PAGE;
@@ -62,22 +60,6 @@ impl AddAssign for Sums {
         self.written += o.written;
         self.fetched += o.fetched;
         self.reads += o.reads;
-    }
-}
-
-impl fmt::Display for Sums {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let b = text::bytes;
-        write!(
-            f,
-            "{}: {} equal already, {} to zero, {} to write, {} to fetch in {} reads",
-            b(self.looked_at),
-            b(self.equal),
-            b(self.zeroed),
-            b(self.written),
-            b(self.fetched),
-            self.reads
-        )
     }
 }
 

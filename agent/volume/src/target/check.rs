@@ -4,19 +4,22 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use backhaul_protocol::digest::is_zero;
+use backhaul_protocol::geometry::ByteOffset;
 use rustix::fs::{FileType, Mode, OFlags};
 
 use super::{HEAD_LEN, Refusal, TargetError};
 use crate::buffer::AlignedBuffer;
-use crate::direct::DirectIo;
-use crate::source::{kind_name, locate, reopen};
+use crate::direct::{DirectIo, read_full};
+use crate::rebuild::Existing;
+use crate::source::{kind_name, locate, next_data, reopen};
 use crate::sysfs::Dev;
 use crate::usage::{self, FileId};
-use crate::{identity, sys};
+use crate::{Volume, VolumeError, identity, sys};
 
 /// What a restore asks of its target.
 #[derive(Clone, Debug, Default)]
@@ -45,8 +48,8 @@ pub(super) enum Place {
     New { folder: OwnedFd, name: std::ffi::OsString },
     /// A regular file that is there, opened for reading and writing.
     File { file: File, length: u64 },
-    /// A block device, claimed exclusively, opened for reading and writing past the cache.
-    Device { dev: Dev, direct: DirectIo },
+    /// A block device of `length` bytes, claimed exclusively, opened for reading and writing past the cache.
+    Device { dev: Dev, direct: DirectIo, length: u64 },
 }
 
 impl std::fmt::Debug for Place {
@@ -56,6 +59,75 @@ impl std::fmt::Debug for Place {
             Self::File { length, .. } => write!(f, "File({length} bytes)"),
             Self::Device { dev, .. } => write!(f, "Device({dev})"),
         }
+    }
+}
+
+impl CheckedTarget {
+    /// Bytes that the target will have.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Bytes of a device behind the volume's end: a restore leaves them as they are.
+    pub fn beyond(&self) -> u64 {
+        match &self.place {
+            Place::Device { length, .. } => length - self.length,
+            Place::New { .. } | Place::File { .. } => 0,
+        }
+    }
+
+    /// How many bytes lie there that the volume reaches.
+    fn present(&self) -> u64 {
+        match &self.place {
+            Place::New { .. } => 0,
+            Place::File { length, .. } | Place::Device { length, .. } => (*length).min(self.length),
+        }
+    }
+}
+
+impl Existing for CheckedTarget {
+    fn is_fresh(&self) -> bool {
+        matches!(self.place, Place::New { .. } | Place::File { length: 0, .. })
+    }
+
+    fn is_device(&self) -> bool {
+        matches!(self.place, Place::Device { .. })
+    }
+}
+
+/// What is there before the restore, brought to the volume's length.
+impl Volume for CheckedTarget {
+    fn length(&self) -> u64 {
+        self.length
+    }
+
+    fn read_at(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), VolumeError> {
+        let range = at.0..at.0.saturating_add(buf.len() as u64);
+        let has = self.present().saturating_sub(at.0).min(buf.len() as u64) as usize;
+        buf[has..].fill(0);
+        let got = match &self.place {
+            Place::New { .. } => Ok(0),
+            Place::File { file, .. } => read_full(file, at.0, &mut buf[..has]),
+            Place::Device { direct, .. } => direct.read(at.0, &mut buf[..has]),
+        };
+        match got {
+            Ok(got) if got == has => Ok(()),
+            Ok(got) => Err(VolumeError::ShortRead { path: self.path.clone(), range, got: got as u64 }),
+            Err(source) => Err(VolumeError::Read { path: self.path.clone(), range, source }),
+        }
+    }
+
+    fn next_data(&self, from: ByteOffset) -> Result<Option<Range<u64>>, VolumeError> {
+        let present = self.present();
+        match &self.place {
+            Place::New { .. } => Ok(None),
+            Place::File { file, .. } => next_data(&self.path, file, from, present),
+            Place::Device { .. } => Ok((from.0 < present).then_some(from.0..present)),
+        }
+    }
+
+    fn describe(&self) -> String {
+        format!("target {}", self.path.display())
     }
 }
 
@@ -171,7 +243,7 @@ fn check_device(path: &Path, needs: &TargetNeeds, found: &OwnedFd, dev: Dev) -> 
         return refused(Refusal::TooSmall { has, needs: needs.length });
     }
     check_confirmation(path, needs, dev, &direct, has)?;
-    Ok(Place::Device { dev, direct })
+    Ok(Place::Device { dev, direct, length: has })
 }
 
 /// Whether writing to `dev` would write to `source`: the same device or loop file, a slave, or disk and partition.

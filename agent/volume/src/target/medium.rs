@@ -43,14 +43,10 @@ impl std::fmt::Debug for Medium {
 }
 
 impl CheckedTarget {
-    /// Bytes that the target will have.
-    pub fn length(&self) -> u64 {
-        self.length
-    }
-
     /// Creates the file, or brings it to exactly the volume's length; a device is only read. This is the first moment
     /// at which anything is written.
     pub fn open(self) -> Result<Target, TargetError> {
+        let beyond = self.beyond();
         let Self { path, length, place } = self;
         let (medium, fresh) = match place {
             Place::New { folder, name } => {
@@ -71,7 +67,7 @@ impl CheckedTarget {
                 resize(&path, &file, old, length)?;
                 (Medium::of_file(file), old == 0)
             }
-            Place::Device { dev, direct } => {
+            Place::Device { dev, direct, .. } => {
                 // Dirty pages of an earlier user, of its partitions too, would be written over what we restore.
                 drop_device_caches(dev);
                 (Medium::Device { dev, direct }, false)
@@ -86,7 +82,7 @@ impl CheckedTarget {
             }
         }
         let head = Head { bytes, pending: false, touched: false, lost: false };
-        Ok(Target { path, length, medium, fresh, head: head.into() })
+        Ok(Target { path, length, medium, fresh, beyond, head: head.into() })
     }
 }
 

@@ -28,6 +28,7 @@ use backhaul_protocol::geometry::{ByteOffset, Geometry};
 use backhaul_protocol::record::VerifiedBlock;
 
 use crate::buffer::AlignedBuffer;
+use crate::rebuild::Existing;
 use crate::{Volume, VolumeError, checked_range};
 
 pub use check::{CheckedTarget, TargetNeeds};
@@ -69,6 +70,7 @@ pub struct Target {
     length: u64,
     medium: Medium,
     fresh: bool,
+    beyond: u64,
     head: Mutex<Head>,
 }
 
@@ -92,19 +94,14 @@ impl Target {
         check::check(path.as_ref(), needs)
     }
 
-    /// Whether all of it reads as zeroes since it was just created or was empty: it needs no reading.
-    pub fn is_fresh(&self) -> bool {
-        self.fresh
-    }
-
     /// The path as it was named.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether it is a block device.
-    pub fn is_device(&self) -> bool {
-        self.medium.is_device()
+    /// Bytes of a device behind the volume's end: they stay as they are.
+    pub fn beyond(&self) -> u64 {
+        self.beyond
     }
 
     /// Writes one block. The geometry must have the target's length.
@@ -261,6 +258,16 @@ impl Target {
 
     fn failed(&self, what: &str, range: &Range<u64>, e: std::io::Error) -> TargetError {
         TargetError::at(&self.path, format!("{what} bytes {} to {}", range.start, range.end), e)
+    }
+}
+
+impl Existing for Target {
+    fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+
+    fn is_device(&self) -> bool {
+        self.medium.is_device()
     }
 }
 

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use backhaul_protocol::geometry::BlockIndex;
 
 use super::*;
+use crate::rebuild::Existing;
 use crate::testing::{LoopDevice, Mount, can, noise, patiently, root, run, verified};
 
 const MIB: u64 = 1 << 20;
