@@ -36,7 +36,7 @@ pub type Control = (ControlSender<AgentMessage>, ControlReceiver<ReceiverMessage
 pub async fn restore(
     connection: &quinn::Connection,
     control: Control,
-    request: RestoreRequest,
+    request: &RestoreRequest,
     progress: &mut Progress,
     warn: impl Fn(&str),
 ) -> Result<RestoreReport, RestoreError> {
@@ -53,13 +53,13 @@ pub async fn restore(
 /// What [`restore`] would do; writes nothing. Two phases of progress.
 pub async fn plan(
     control: Control,
-    request: RestoreRequest,
+    request: &RestoreRequest,
     progress: &mut Progress,
     warn: impl Fn(&str),
 ) -> Result<RestorePlan, RestoreError> {
     let (mut asking, incoming) = (Asking::new(control), Arc::new(Incoming::default()));
-    let opened = open(&mut asking, &request, warn).await?;
-    let jobs = prepare(&mut asking, &opened, &request, progress).await?;
+    let opened = open(&mut asking, request, warn).await?;
+    let jobs = prepare(&mut asking, &opened, request, progress).await?;
     let phase = progress.phase("compare", total(&jobs));
     let mut volumes = Vec::new();
     for Job { volume, path, ranges, target } in jobs {
@@ -97,13 +97,13 @@ fn total<T>(jobs: &[Job<T>]) -> u64 {
 async fn run(
     asking: &mut Asking,
     incoming: &Arc<Incoming>,
-    request: RestoreRequest,
+    request: &RestoreRequest,
     progress: &mut Progress,
     warn: impl Fn(&str),
 ) -> Result<RestoreReport, RestoreError> {
     let started = Instant::now();
-    let opened = open(asking, &request, warn).await?;
-    let checked = prepare(asking, &opened, &request, progress).await?;
+    let opened = open(asking, request, warn).await?;
+    let checked = prepare(asking, &opened, request, progress).await?;
     let mut jobs = Vec::new();
     for Job { volume, path, ranges, target } in checked {
         let target = Arc::new(blocking(move || target.open()).await?);

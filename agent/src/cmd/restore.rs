@@ -1,6 +1,6 @@
 //! `restore`: volumes of a point onto this server's files and devices, over the network.
 
-use backhaul_cli::{Exit, Failure, Output, text};
+use backhaul_cli::{Exit, Failure, Output, confirm, text};
 use backhaul_protocol::ids::Name;
 use backhaul_protocol::wire::message::{CloseCode, PointSpec};
 use backhaul_volume::target::Durability;
@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use super::Context;
 use crate::connection::{Connected, connect};
 use crate::network_restore::{RestoreError, RestoreReport, RestoreRequest, plan, restore};
+use crate::state::{Joined, StateDir};
 
 /// How the target is read back at the end.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -59,7 +60,7 @@ pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Resul
     let state = ctx.state();
     let joined = state.expect_joined()?;
     let what = args.what.unwrap_or(What { volume: None, point: PointSpec::Latest });
-    let request = RestoreRequest {
+    let mut request = RestoreRequest {
         volume: what.volume,
         point: what.point,
         targets: args.to,
@@ -71,25 +72,51 @@ pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Resul
             Verify::Cached => Durability::Cached,
         },
     };
-    let wants_device = args.verify == Verify::Device;
-    let Connected { endpoint, connection, sender, receiver } =
-        connect(&state, &joined, ctx.config.receiver.as_deref()).await?;
-    let mut progress = out.progress(if args.dry_run { 2 } else { 4 });
-    if args.dry_run {
-        let planned = plan((sender, receiver), request, &mut progress, |w| out.warn(w)).await;
-        endpoint.close(CloseCode::Done, "").await;
-        let planned = planned.map_err(failure)?;
-        out.result("backhaul.restore-plan/1", &planned, &planned.to_string());
-        return Ok(Exit::Done);
+    loop {
+        match attempt(&request, args.dry_run, &state, &joined, ctx, &out).await {
+            Ok(()) => return Ok(Exit::Done),
+            Err(Attempt::Failed(e)) => return Err(e),
+            Err(Attempt::Restore(RestoreError::Target(refused))) => match confirm(&out, &refused).await {
+                Some(typed) => request.confirm.push(typed),
+                None => return Err(refused.into()),
+            },
+            Err(Attempt::Restore(e)) => return Err(failure(e)),
+        }
     }
-    let report = restore(&connection, (sender, receiver), request, &mut progress, |w| out.warn(w)).await;
+}
+
+/// How an attempt fails: before or after there was a connection.
+enum Attempt {
+    Failed(anyhow::Error),
+    Restore(RestoreError),
+}
+
+async fn attempt(
+    request: &RestoreRequest,
+    dry_run: bool,
+    state: &StateDir,
+    joined: &Joined,
+    ctx: &Context,
+    out: &Output,
+) -> Result<(), Attempt> {
+    let connected = connect(state, joined, ctx.config.receiver.as_deref()).await;
+    let Connected { endpoint, connection, sender, receiver } = connected.map_err(|e| Attempt::Failed(e.into()))?;
+    let (control, warn) = ((sender, receiver), |text: &str| out.warn(text));
+    if dry_run {
+        let planned = plan(control, request, &mut out.progress(2), warn).await;
+        endpoint.close(CloseCode::Done, "").await;
+        let planned = planned.map_err(Attempt::Restore)?;
+        out.result("backhaul.restore-plan/1", &planned, &planned.to_string());
+        return Ok(());
+    }
+    let report = restore(&connection, control, request, &mut out.progress(4), warn).await;
     endpoint.close(CloseCode::Done, "").await;
-    let report = report.map_err(failure)?;
-    if wants_device && report.verified != "device" {
+    let report = report.map_err(Attempt::Restore)?;
+    if request.durability == Durability::Device && report.verified != "device" {
         out.warn("the target's file system has no device beneath it: what was read back came from memory");
     }
     out.result("backhaul.restore/1", &report, &describe(&report));
-    Ok(Exit::Done)
+    Ok(())
 }
 
 /// The error with the exit code that is true of it.

@@ -5,6 +5,7 @@
 //! Standard output is for results: text, or with `--json` exactly one object with a `schema` field, also for an error.
 //! Progress and logs go to standard error.
 
+mod confirm;
 mod failure;
 mod output;
 mod plan;
@@ -17,6 +18,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser};
 use tokio::signal::unix::{SignalKind, signal};
 
+pub use confirm::confirm;
 pub use failure::{Classifier, Exit, Failure, Meaning, classify, of_reason};
 pub use output::Output;
 pub use plan::{RestorePlan, VolumePlan};

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use backhaul_cli::{Exit, Failure, Output, text};
+use backhaul_cli::{Exit, Failure, Output, confirm, text};
 use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::ids::Name;
 use backhaul_protocol::wire::message::PointSpec;
@@ -77,7 +77,7 @@ pub fn parse_what(text: &str) -> Result<What, String> {
 /// Runs the command.
 pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Result<Exit> {
     refuse_own_store(ctx.store_url()?, &args.to)?;
-    let request = Request {
+    let mut request = Request {
         group: args.what.group,
         volume: args.what.volume,
         point: args.what.point,
@@ -91,8 +91,17 @@ pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Resul
         on_damage: if args.salvage { OnDamage::Salvage } else { OnDamage::Fail },
     };
     let catalog = ctx.catalog().await?;
-    let mut progress = out.progress(if args.dry_run { 2 } else { 4 });
-    let prepared = Prepared::new(catalog, request, &mut progress).await.map_err(failure)?;
+    let (prepared, mut progress) = loop {
+        let mut progress = out.progress(if args.dry_run { 2 } else { 4 });
+        match Prepared::new(catalog.clone(), request.clone(), &mut progress).await {
+            Ok(prepared) => break (prepared, progress),
+            Err(RestoreError::Target(refused)) => match confirm(&out, &refused).await {
+                Some(typed) => request.confirm.push(typed),
+                None => return Err(refused.into()),
+            },
+            Err(e) => return Err(failure(e)),
+        }
+    };
     if prepared.consistency == Consistency::Fuzzy {
         out.warn(&format!(
             "point {} is fuzzy: it was read while it may have changed, and a file system in it may need repair",
