@@ -108,3 +108,33 @@ impl Presence {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::mem::MemStore;
+
+    #[tokio::test(start_paused = true)]
+    async fn one_receiver_at_a_time() {
+        let store: Arc<dyn ObjectStore> = Arc::new(MemStore::new());
+        let first = Presence::claim(store.clone()).await.expect("nobody is there");
+        let second = Presence::claim(store.clone()).await.err().expect("somebody is there");
+        assert!(matches!(second, PresenceError::Taken(_)) && second.is_retryable(), "{second}");
+        first.leave().await;
+        let third = Presence::claim(store.clone()).await.expect("the first one left");
+        // One that was killed says nothing any more, and after a while it counts as gone.
+        drop(third);
+        assert!(Presence::claim(store.clone()).await.is_err());
+        let long_ago = unix_millis(SystemTime::now()).0 - FRESH.as_millis() as i64 - 1;
+        store.put_hint(&key::receiver(), object([1; 16], long_ago)).await.expect("stored");
+        Presence::claim(store.clone()).await.expect("long gone");
+    }
+
+    #[tokio::test]
+    async fn a_clock_that_went_back_does_not_make_another_receiver_old() {
+        let store: Arc<dyn ObjectStore> = Arc::new(MemStore::new());
+        let ahead = unix_millis(SystemTime::now()).0 + 30_000;
+        store.put_hint(&key::receiver(), object([1; 16], ahead)).await.expect("stored");
+        assert!(Presence::claim(store).await.is_err());
+    }
+}

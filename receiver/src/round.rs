@@ -20,12 +20,12 @@ use backhaul_protocol::store::key::ObjectId;
 use backhaul_protocol::store::log::UnixMillis;
 use backhaul_protocol::store::segment::{DraftBinding, SegmentBuilder};
 use backhaul_protocol::wire::message::{Commit, Committed, DraftPages, Open, Opened, OpenedVolume, Reason, Refusal};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use crate::catalog::{Appended, GroupLog};
 use crate::draft::layer_page;
 use crate::fold::{self, FoldTarget, Layers};
-use crate::ingest::Ingest;
+use crate::ingest::{Ingest, Progress};
 use crate::read_error::ReadError;
 use crate::segment_writer::{Budget, Rest, SegmentWriter};
 use crate::view::{Loose, View, ViewVolume};
@@ -210,7 +210,7 @@ impl Round {
         }
         let commit_id = commit.commit;
         sink.commit(commit)?;
-        self.wait_for(records).await?;
+        wait_for(self.ingest.progress(), records).await?;
         let read = |e: ReadError| e.refusal();
         // Maps of a commit that fails must never be taken for the draft's: they are bound to the commit itself.
         let mut target = self.fold_target(state);
@@ -272,34 +272,6 @@ impl Round {
         Ok(committed)
     }
 
-    async fn wait_for(&self, records: u64) -> Result<(), Refusal> {
-        let mut progress = self.ingest.progress();
-        let begun = tokio::time::Instant::now();
-        let late = records.saturating_sub(progress.borrow().records);
-        if late > MAX_LATE_RECORDS {
-            let text = format!("the commit counts {late} records that were not sent");
-            return Err(Refusal { reason: Reason::Protocol, text });
-        }
-        loop {
-            let now = progress.borrow_and_update().clone();
-            if now.records > records || begun.elapsed() > MAX_WAIT {
-                let text = format!("{} records arrived, the commit counts {records}", now.records);
-                return Err(Refusal { reason: Reason::Protocol, text });
-            }
-            if let Some(text) = now.failed {
-                return Err(Refusal { reason: Reason::Protocol, text });
-            }
-            if now.records >= records {
-                return Ok(());
-            }
-            // Streams and the control stream are not ordered: the last blocks may still be on their way.
-            if tokio::time::timeout(Duration::from_secs(60), progress.changed()).await.is_err() {
-                let text = format!("{} of {records} records arrived, then nothing for a minute", now.records);
-                return Err(Refusal { reason: Reason::Busy, text });
-            }
-        }
-    }
-
     /// Everything that the new point consists of.
     fn layers(&self, known: &KnownHead, inline: Arc<Loose>) -> Layers {
         let mut view = self.view.clone();
@@ -329,3 +301,34 @@ async fn store_rest(
     log.store().put_new(&log.keys().segment(id), bytes::Bytes::from(sealed.bytes)).await?;
     Ok((sealed.reference, sealed.index))
 }
+
+/// Waits for the last records of a commit.
+async fn wait_for(mut progress: watch::Receiver<Progress>, records: u64) -> Result<(), Refusal> {
+    let begun = tokio::time::Instant::now();
+    let late = records.saturating_sub(progress.borrow().records);
+    if late > MAX_LATE_RECORDS {
+        let text = format!("the commit counts {late} records that were not sent");
+        return Err(Refusal { reason: Reason::Protocol, text });
+    }
+    loop {
+        let now = progress.borrow_and_update().clone();
+        if now.records > records || begun.elapsed() > MAX_WAIT {
+            let text = format!("{} records arrived, the commit counts {records}", now.records);
+            return Err(Refusal { reason: Reason::Protocol, text });
+        }
+        if let Some(text) = now.failed {
+            return Err(Refusal { reason: Reason::Protocol, text });
+        }
+        if now.records >= records {
+            return Ok(());
+        }
+        // Streams and the control stream are not ordered: the last blocks may still be on their way.
+        if tokio::time::timeout(Duration::from_secs(60), progress.changed()).await.is_err() {
+            let text = format!("{} of {records} records arrived, then nothing for a minute", now.records);
+            return Err(Refusal { reason: Reason::Busy, text });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -12,13 +12,13 @@ use backhaul_protocol::ids::{
 };
 use backhaul_protocol::limits::BLOCKS_PER_PAGE;
 use backhaul_protocol::record::{Encoder, encode_zeroes, split_record};
-use backhaul_protocol::session::compare::{BlockSet, RoundDigester, differing};
+use backhaul_protocol::session::compare::{BlockSet, RoundDigester, RoundDigests, differing};
 use backhaul_protocol::session::sink::{Peer, Sink};
 use backhaul_protocol::store::checkpoint::{Sharing, StoreFormat};
 use backhaul_protocol::store::fleet::AgentRole;
 use backhaul_protocol::store::key;
 use backhaul_protocol::store::log::{MachineId, UnixMillis};
-use backhaul_protocol::wire::message::{Commit, CommitVolume, Open, OpenVolume};
+use backhaul_protocol::wire::message::{Commit, CommitVolume, Open, OpenVolume, Opened, Refusal};
 use bytes::Bytes;
 use tokio::sync::Semaphore;
 
@@ -35,7 +35,7 @@ const MACHINE: MachineId = MachineId([5; 32]);
 pub(crate) struct TestGroup {
     pub(crate) catalog: Catalog,
     pub(crate) name: Name,
-    state: GroupState,
+    pub(crate) state: GroupState,
     nonce: WriterNonce,
     resources: RoundResources,
     held: Vec<(String, Vec<BlockDigest>)>,
@@ -67,31 +67,23 @@ impl TestGroup {
     }
 
     pub(crate) async fn commit_as(&mut self, consistency: Consistency, volumes: &[(&str, u32, &[u8])]) -> LogSeq {
-        let mut sink = Sink::new(Peer { agent: AGENT, joined_machine: MACHINE });
-        let open = Open {
-            state: StateId([3; 16]),
-            nonces: vec![self.nonce],
-            machine: MACHINE,
-            high_water: LogSeq(0),
-            volumes: volumes.iter().map(offer).collect(),
-        };
-        let (mut round, opened) =
-            Round::open(&mut self.state, &mut sink, &open, &self.resources).await.expect("a round");
-        let mut digester = RoundDigester::default();
-        let mut capture = opened.next_capture;
-        let mut order: Vec<usize> = (0..volumes.len()).collect();
-        order.sort_by_key(|i| opened.volumes[*i].slot);
-        for i in order {
-            capture = self.send(&round, opened.volumes[i].slot, volumes[i], capture, &mut digester).await;
-        }
-        let sums = digester.finish();
-        self.nonce = WriterNonce(crate::random::bytes());
+        self.try_commit_as(consistency, volumes).await.expect("a point")
+    }
+
+    /// The same, or why not.
+    pub(crate) async fn try_commit_as(
+        &mut self,
+        consistency: Consistency,
+        volumes: &[(&str, u32, &[u8])],
+    ) -> Result<LogSeq, Refusal> {
+        let (mut round, mut sink, opened, capture, sums) = self.begin(volumes).await?;
         let digest = |slot| sums.volumes.iter().find(|(s, _)| *s == slot).expect("summed up").1;
+        let nonce = WriterNonce(crate::random::bytes());
         let commit = Commit {
             commit: CommitId(crate::random::bytes()),
             base: opened.head,
             generation: opened.generation,
-            nonce: self.nonce,
+            nonce,
             consistency,
             capture_start: UnixMillis(1),
             capture_end: UnixMillis(2),
@@ -106,7 +98,40 @@ impl TestGroup {
                 .collect(),
         };
         let now = UnixMillis(1_700_000_000_000);
-        round.commit(&mut self.state, &mut sink, AGENT, commit, || now).await.expect("a point").seq
+        let committed = round.commit(&mut self.state, &mut sink, AGENT, commit, || now).await?;
+        self.nonce = nonce;
+        Ok(committed.seq)
+    }
+
+    /// Sends what differs and goes away: a draft is left.
+    pub(crate) async fn leave_draft(&mut self, volumes: &[(&str, u32, &[u8])]) {
+        let held = self.held.clone();
+        let (round, ..) = self.begin(volumes).await.expect("a round");
+        round.abandon(&mut self.state).await;
+        self.held = held;
+    }
+
+    async fn begin(
+        &mut self,
+        volumes: &[(&str, u32, &[u8])],
+    ) -> Result<(Round, Sink, Opened, CaptureNumber, RoundDigests), Refusal> {
+        let mut sink = Sink::new(Peer { agent: AGENT, joined_machine: MACHINE });
+        let open = Open {
+            state: StateId([3; 16]),
+            nonces: vec![self.nonce],
+            machine: MACHINE,
+            high_water: LogSeq(0),
+            volumes: volumes.iter().map(offer).collect(),
+        };
+        let (round, opened) = Round::open(&mut self.state, &mut sink, &open, &self.resources).await?;
+        let mut digester = RoundDigester::default();
+        let mut capture = opened.next_capture;
+        let mut order: Vec<usize> = (0..volumes.len()).collect();
+        order.sort_by_key(|i| opened.volumes[*i].slot);
+        for i in order {
+            capture = self.send(&round, opened.volumes[i].slot, volumes[i], capture, &mut digester).await;
+        }
+        Ok((round, sink, opened, capture, digester.finish()))
     }
 
     async fn send(

@@ -354,6 +354,7 @@ fn damage_is_found_named_and_salvaged_around() {
 
     let salvaged = s.restore("@1", &to, &["--salvage"]);
     assert_eq!(salvaged.code, Some(6), "{salvaged:#?}");
+    assert_eq!(salvaged.json()["verified"], "incomplete", "what is lost can't be verified");
     let lost = salvaged.json()["lost"].clone();
     assert_eq!((number(&lost[0], "start"), number(&lost[0], "end")), (start, end), "{lost}");
     // Everything else is right.

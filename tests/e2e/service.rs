@@ -249,3 +249,21 @@ fn two_receivers_that_commit_at_once() {
     assert_eq!(numbers, (1..=points.len() as u64).collect::<Vec<_>>());
     assert_eq!(points.last().expect("points")["volumes"][0]["digest"], image::digest(&f.path("disk.img"), 65536));
 }
+
+/// A point that had to be fuzzy is not the last word: when the writer is gone, an unchanged volume earns a better one.
+#[test]
+fn an_unchanged_volume_gets_a_better_label_when_it_can_be_earned() {
+    let (f, _serving, agent) = setup();
+    let writer = std::fs::OpenOptions::new().write(true).open(f.path("disk.img")).expect("it is there");
+    let _running = agent.start(&["run", "--every", "1s"]);
+    until("a point", PROMPT, || f.points().len() == 1);
+    assert_eq!(f.points()[0]["consistency"], "fuzzy");
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(f.points().len(), 1, "no better label, no point");
+    drop(writer);
+    until("a better one", PROMPT, || f.points().len() == 2);
+    assert_eq!(f.points()[1]["consistency"], "crash");
+    assert_eq!(f.points()[1]["volumes"][0]["digest"], f.points()[0]["volumes"][0]["digest"]);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(f.points().len(), 2, "there is no better one than that");
+}

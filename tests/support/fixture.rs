@@ -97,14 +97,21 @@ impl Fixture {
         command
     }
 
-    /// Starts another receiver on the same store: it has the same authority in a state folder of its own.
-    #[track_caller]
-    pub fn serve_second(&self) -> Serving {
+    /// The command that starts another receiver on the same store: it has the same authority in a state folder of its
+    /// own.
+    pub fn second_command(&self, more: &[&str]) -> Command {
         let state = self.path("receiver-2");
         copy_folder(&self.state, &state);
         let mut command = clean(program("backhaul-receiver"));
-        command.args(["serve", "--listen", "127.0.0.1:0", "-v", "--store", &self.store]).arg("--state").arg(&state);
-        Serving::start(command, &self.path("serve-2.err"))
+        command.args(["serve", "--listen", "127.0.0.1:0", "-v", "--json", "--store", &self.store]);
+        command.arg("--state").arg(&state).args(more);
+        command
+    }
+
+    /// Starts it.
+    #[track_caller]
+    pub fn serve_second(&self) -> Serving {
+        Serving::start(self.second_command(&[]), &self.path("serve-2.err"))
     }
 
     /// A join token.
