@@ -114,7 +114,7 @@ mod tests {
     use super::*;
     use crate::store::mem::MemStore;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn one_receiver_at_a_time() {
         let store: Arc<dyn ObjectStore> = Arc::new(MemStore::new());
         let first = Presence::claim(store.clone()).await.expect("nobody is there");

@@ -40,8 +40,9 @@ const MAX_DRAFT_RUNS: usize = 1500;
 const MAX_CAPTURES: u64 = 1 << 40;
 /// Records that may still be on their way when a commit is asked for: what fits the windows of both sides.
 const MAX_LATE_RECORDS: u64 = 1 << 19;
-/// A commit waits for its last records so long in all.
-const MAX_WAIT: Duration = Duration::from_secs(300);
+/// The last records are with the transport when a commit is asked for: a minute without one of them is a network that
+/// does not work, five for all of them is a peer that does not mean it.
+const LATE: Late = Late { next: Duration::from_secs(60), all: Duration::from_secs(300) };
 
 /// What the rounds of all sessions share.
 #[derive(Debug)]
@@ -210,7 +211,7 @@ impl Round {
         }
         let commit_id = commit.commit;
         sink.commit(commit)?;
-        wait_for(self.ingest.progress(), records).await?;
+        wait_for(self.ingest.progress(), records, LATE).await?;
         let read = |e: ReadError| e.refusal();
         // Maps of a commit that fails must never be taken for the draft's: they are bound to the commit itself.
         let mut target = self.fold_target(state);
@@ -302,30 +303,38 @@ async fn store_rest(
     Ok((sealed.reference, sealed.index))
 }
 
-/// Waits for the last records of a commit.
-async fn wait_for(mut progress: watch::Receiver<Progress>, records: u64) -> Result<(), Refusal> {
+/// How long a commit waits for its last records.
+#[derive(Clone, Copy, Debug)]
+struct Late {
+    /// For the next one.
+    next: Duration,
+    /// For all of them.
+    all: Duration,
+}
+
+/// Waits for the last records of a commit: streams and the control stream are not ordered.
+async fn wait_for(mut progress: watch::Receiver<Progress>, records: u64, patience: Late) -> Result<(), Refusal> {
+    let refuse = |reason, text| Err(Refusal { reason, text });
     let begun = tokio::time::Instant::now();
     let late = records.saturating_sub(progress.borrow().records);
     if late > MAX_LATE_RECORDS {
-        let text = format!("the commit counts {late} records that were not sent");
-        return Err(Refusal { reason: Reason::Protocol, text });
+        return refuse(Reason::Protocol, format!("the commit counts {late} records that were not sent"));
     }
     loop {
         let now = progress.borrow_and_update().clone();
-        if now.records > records || begun.elapsed() > MAX_WAIT {
+        if now.records > records || begun.elapsed() > patience.all {
             let text = format!("{} records arrived, the commit counts {records}", now.records);
-            return Err(Refusal { reason: Reason::Protocol, text });
+            return refuse(Reason::Protocol, text);
         }
         if let Some(text) = now.failed {
-            return Err(Refusal { reason: Reason::Protocol, text });
+            return refuse(Reason::Protocol, text);
         }
         if now.records >= records {
             return Ok(());
         }
-        // Streams and the control stream are not ordered: the last blocks may still be on their way.
-        if tokio::time::timeout(Duration::from_secs(60), progress.changed()).await.is_err() {
-            let text = format!("{} of {records} records arrived, then nothing for a minute", now.records);
-            return Err(Refusal { reason: Reason::Busy, text });
+        if tokio::time::timeout(patience.next, progress.changed()).await.is_err() {
+            let text = format!("{} of {records} records arrived, then nothing for {:?}", now.records, patience.next);
+            return refuse(Reason::Busy, text);
         }
     }
 }

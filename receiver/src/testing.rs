@@ -70,12 +70,13 @@ impl TestGroup {
         self.try_commit_as(consistency, volumes).await.expect("a point")
     }
 
-    /// The same, or why not.
+    /// The same, or why not; then what was sent is taken for lost, which it is where it was to lie in the log record.
     pub(crate) async fn try_commit_as(
         &mut self,
         consistency: Consistency,
         volumes: &[(&str, u32, &[u8])],
     ) -> Result<LogSeq, Refusal> {
+        let held = self.held.clone();
         let (mut round, mut sink, opened, capture, sums) = self.begin(volumes).await?;
         let digest = |slot| sums.volumes.iter().find(|(s, _)| *s == slot).expect("summed up").1;
         let nonce = WriterNonce(crate::random::bytes());
@@ -98,9 +99,12 @@ impl TestGroup {
                 .collect(),
         };
         let now = UnixMillis(1_700_000_000_000);
-        let committed = round.commit(&mut self.state, &mut sink, AGENT, commit, || now).await?;
-        self.nonce = nonce;
-        Ok(committed.seq)
+        let committed = round.commit(&mut self.state, &mut sink, AGENT, commit, || now).await;
+        match &committed {
+            Ok(_) => self.nonce = nonce,
+            Err(_) => self.held = held,
+        }
+        Ok(committed?.seq)
     }
 
     /// Sends what differs and goes away: a draft is left.
