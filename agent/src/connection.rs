@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant, SystemTime};
 
 use backhaul_protocol::session::source::{Source, SourceError, SourceOutput};
@@ -22,6 +23,9 @@ use crate::state::{Joined, StateDir, StateError};
 
 /// How long an answer of the receiver may take: longer than its store layer tries.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A connection attempt that is not answered for so long gets company: longer than a round trip on a bad path.
+const NEXT_ATTEMPT: Duration = Duration::from_secs(3);
 
 /// How a session fails.
 #[derive(Debug, thiserror::Error)]
@@ -108,9 +112,30 @@ async fn connect_once(state: &StateDir, address: &str) -> Result<Connected, Sess
     let tls = client_config(ReceiverTrust::Authority(authority), Some((chain[..1].to_vec(), &key)))?;
     let address = resolve(address).await?;
     let endpoint = Endpoint::client(address)?;
-    let connection = endpoint.connect(address, tls, Windows::BLOCKS).await?;
+    let connection = first_answer(|| endpoint.connect(address, tls.clone(), Windows::BLOCKS)).await?;
     let (sender, receiver) = greet(&connection).await?;
     Ok(Connected { endpoint, connection, sender, receiver })
+}
+
+/// Connects, and begins anew every few seconds while nothing answers. QUIC doubles the time between its tries: a
+/// receiver that is back would wait for the next one for as long as it was away. On a slow path the first attempt is
+/// the one that is answered.
+async fn first_answer<F>(begin: impl Fn() -> F) -> Result<quinn::Connection, TransportError>
+where
+    F: Future<Output = Result<quinn::Connection, TransportError>>,
+{
+    let mut attempts = Vec::new();
+    loop {
+        attempts.push(Box::pin(begin()));
+        let answer = std::future::poll_fn(|cx| {
+            let polled = attempts.iter_mut().map(|a| a.as_mut().poll(cx));
+            polled.into_iter().find(Poll::is_ready).unwrap_or(Poll::Pending)
+        });
+        // The first one that fails, by its idle timeout at the latest, ends it.
+        if let Ok(answered) = tokio::time::timeout(NEXT_ATTEMPT, answer).await {
+            return answered;
+        }
+    }
 }
 
 /// Greets; where the connection was closed meanwhile, the reason of that is the error.

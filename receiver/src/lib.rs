@@ -16,6 +16,7 @@ pub mod ingest;
 pub mod keys;
 pub mod plan;
 pub mod presence;
+pub mod quota;
 pub mod random;
 pub mod reachable;
 pub mod read_error;

@@ -44,6 +44,9 @@ const MAX_LATE_RECORDS: u64 = 1 << 19;
 /// does not work, five for all of them is a peer that does not mean it.
 const LATE: Late = Late { next: Duration::from_secs(60), all: Duration::from_secs(300) };
 
+/// How often what was stored is taken into the draft.
+pub const ABSORB_INTERVAL: Duration = Duration::from_millis(250);
+
 /// What the rounds of all sessions share.
 #[derive(Debug)]
 pub struct RoundResources {
@@ -211,7 +214,19 @@ impl Round {
         }
         let commit_id = commit.commit;
         sink.commit(commit)?;
-        wait_for(self.ingest.progress(), records, LATE).await?;
+        {
+            let mut waiting = std::pin::pin!(wait_for(self.ingest.progress(), records, LATE));
+            let mut absorb = tokio::time::interval(ABSORB_INTERVAL);
+            absorb.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                tokio::select! {
+                    biased;
+                    arrived = &mut waiting => break arrived?,
+                    // Indexes of stored segments are in nobody's way then, whatever is still on its way.
+                    _ = absorb.tick() => self.absorb(state).await.map_err(|e| e.refusal())?,
+                }
+            }
+        }
         let read = |e: ReadError| e.refusal();
         // Maps of a commit that fails must never be taken for the draft's: they are bound to the commit itself.
         let mut target = self.fold_target(state);

@@ -72,10 +72,39 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// A stored segment.
 pub type Stored = (SegmentRef, Vec<VolumeEntry>);
 
+/// A stored segment that the draft has not taken yet.
+struct Uploaded {
+    stored: Stored,
+    _charged: Option<OwnedSemaphorePermit>,
+}
+
 #[derive(Default)]
 struct OpenSegment {
     builder: Option<SegmentBuilder>,
-    permits: Vec<OwnedSemaphorePermit>,
+    /// As many pieces as the builder needs, and while records are added at most one more.
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl OpenSegment {
+    /// Adds to what is charged.
+    fn charge(&mut self, permit: Option<OwnedSemaphorePermit>) {
+        match (&mut self.permit, permit) {
+            (Some(own), Some(more)) => own.merge(more),
+            (none @ None, more) => *none = more,
+            (Some(_), None) => {}
+        }
+    }
+
+    /// Gives back what is charged beyond `bytes`. Every batch is charged in whole pieces: without this, a peer that sends
+    /// record by record would take up 64 KiB of everybody's memory with 64 bytes.
+    fn settle(&mut self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        let permit = self.permit.as_mut()?;
+        permit.split(permit.num_permits().saturating_sub(bytes.div_ceil(PIECE)))
+    }
+
+    fn size(&self) -> usize {
+        self.builder.as_ref().map_or(0, SegmentBuilder::size)
+    }
 }
 
 /// Collects records of one round and stores them as segments.
@@ -88,7 +117,7 @@ pub struct SegmentWriter {
     budget: Arc<Budget>,
     open: Mutex<OpenSegment>,
     slots: Arc<Semaphore>,
-    uploads: Mutex<JoinSet<Result<Stored, StoreError>>>,
+    uploads: Mutex<JoinSet<Result<Uploaded, StoreError>>>,
     finished: AsyncMutex<()>,
 }
 
@@ -142,20 +171,21 @@ impl SegmentWriter {
     }
 
     fn open_size(&self) -> usize {
-        lock(&self.open).builder.as_ref().map_or(0, SegmentBuilder::size)
+        lock(&self.open).size()
     }
 
     /// Adds verified records. Waits while the budget is used up or two segments are on their way already, which is what
     /// slows the agent down.
     pub async fn push(self: &Arc<Self>, batch: &[u8], records: &[(RecordHeader, usize)]) {
-        let need = batch.len() + records.len() * INDEX_ROW_LEN;
+        // A piece more: where the batch spreads over two segments, both are charged in whole pieces.
+        let need = batch.len() + records.len() * INDEX_ROW_LEN + PIECE;
         let permit = self.budget.take(need).await;
         // Wait for a free upload first: an open segment then never grows past its size while it waits.
         let slot = self.slots.clone().acquire_owned().await.expect("slots are never closed");
         let mut full = Vec::new();
         {
             let mut open = lock(&self.open);
-            open.permits.push(permit);
+            open.charge(Some(permit));
             for (header, at) in records {
                 let payload = &batch[at + HEADER_LEN..at + HEADER_LEN + header.payload_len()];
                 let needs = HEADER_LEN + payload.len() + INDEX_ROW_LEN;
@@ -163,11 +193,16 @@ impl SegmentWriter {
                     b.size() + needs > self.segment_size || b.records() >= MAX_SEGMENT_RECORDS as usize
                 });
                 if no_room {
-                    full.push(std::mem::take(&mut *open));
+                    let mut whole = std::mem::take(&mut *open);
+                    let rest = whole.settle(whole.size());
+                    open.charge(rest);
+                    full.push(whole);
                 }
                 let capacity = self.segment_size;
                 open.builder.get_or_insert_with(|| SegmentBuilder::with_capacity(capacity)).push(header, payload);
             }
+            let size = open.size();
+            drop(open.settle(size));
         }
         drop(slot);
         for segment in full {
@@ -192,9 +227,11 @@ impl SegmentWriter {
                 tokio::task::spawn_blocking(move || builder.seal(binding, id)).await.expect("sealing does not panic");
             let key = this.keys.segment(id);
             let result = this.store.put_new(&key, Bytes::from(sealed.bytes)).await;
-            drop(segment.permits);
+            // The index stays in memory until the draft takes it.
+            let mut segment = OpenSegment { builder: None, permit: segment.permit };
+            drop(segment.settle(sealed.index.len() * size_of::<VolumeEntry>()));
             match result {
-                Ok(()) => Ok((sealed.reference, sealed.index)),
+                Ok(()) => Ok(Uploaded { stored: (sealed.reference, sealed.index), _charged: segment.permit }),
                 // A random session tag that was used before on this base: nobody else's records are touched.
                 Err(e) if e.kind() == Kind::Exists => Err(e.retryable(true)),
                 Err(e) => Err(e),
@@ -207,7 +244,7 @@ impl SegmentWriter {
         let _one_at_a_time = self.finished.lock().await;
         let mut done = Vec::new();
         while let Some(joined) = { lock(&self.uploads).try_join_next() } {
-            done.push(joined.expect("uploads do not panic")?);
+            done.push(joined.expect("uploads do not panic")?.stored);
         }
         Ok(done)
     }
@@ -226,8 +263,85 @@ impl SegmentWriter {
         let mut uploads = std::mem::take(&mut *lock(&self.uploads));
         let mut stored = Vec::new();
         while let Some(joined) = uploads.join_next().await {
-            stored.push(joined.expect("uploads do not panic")?);
+            stored.push(joined.expect("uploads do not panic")?.stored);
         }
         Ok(Finished { stored, inline })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use backhaul_protocol::geometry::BlockIndex;
+    use backhaul_protocol::ids::{CaptureNumber, CommitId, Generation, GroupId, LogSeq, VolumeSlot};
+    use backhaul_protocol::record::{encode_zeroes, split_record};
+
+    use super::*;
+    use crate::store::mem::MemStore;
+
+    fn writer(budget: &Arc<Budget>, session: u32) -> Arc<SegmentWriter> {
+        let group = GroupId([1; 16]);
+        let ids = Arc::new(Mutex::new(IdSource::new(LogSeq(0), Generation(1), session)));
+        let binding = DraftBinding { group, base_commit: CommitId([2; 16]) };
+        SegmentWriter::new(Arc::new(MemStore::new()), GroupKeys(group), binding, ids, 4 << 20, budget.clone())
+    }
+
+    async fn push_one(writer: &Arc<SegmentWriter>, block: u64) {
+        let mut record = Vec::new();
+        encode_zeroes(VolumeSlot(0), BlockIndex(block), 1, CaptureNumber(block), &mut record);
+        let header = split_record(&record).expect("own").expect("whole").header;
+        writer.push(&record, &[(header, 0)]).await;
+    }
+
+    fn used(budget: &Budget) -> usize {
+        budget.total - budget.pieces.available_permits()
+    }
+
+    #[tokio::test]
+    async fn tiny_records_are_charged_what_they_take() {
+        let budget = Budget::new(16 << 20);
+        let writer = writer(&budget, 1);
+        for i in 0..6000 {
+            push_one(&writer, i).await;
+            assert!(used(&budget) * PIECE <= writer.open_size() + 2 * PIECE, "{} pieces after {i}", used(&budget));
+        }
+        // Whatever was sealed and not collected is charged for its index.
+        writer.seal_open();
+        let mut stored = Vec::new();
+        while stored.is_empty() {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            let held = used(&budget) * PIECE;
+            if held < 900_000 {
+                assert!(held >= 6000 * size_of::<VolumeEntry>(), "an index that nobody took counts: {held}");
+            }
+            stored = writer.collect().await.expect("stored");
+        }
+        assert_eq!(used(&budget), 0, "everything is given back");
+    }
+
+    #[tokio::test]
+    async fn segments_that_fill_up_are_charged_whole_and_given_back() {
+        let budget = Budget::new(16 << 20);
+        let writer = writer(&budget, 1);
+        for i in 0..20_000 {
+            push_one(&writer, i).await;
+        }
+        let finished = writer.finish(Rest::Segment).await.expect("stored");
+        assert_eq!(finished.stored.iter().map(|(_, index)| index.len()).sum::<usize>(), 20_000);
+        assert_eq!(used(&budget), 0);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_trickles_does_not_keep_others_from_their_work() {
+        let budget = Budget::new(2 << 20);
+        let (hog, other) = (writer(&budget, 1), writer(&budget, 2));
+        for i in 0..1000 {
+            push_one(&hog, i).await;
+        }
+        let began = std::time::Instant::now();
+        for i in 0..1000 {
+            push_one(&other, i).await;
+        }
+        assert!(began.elapsed() < std::time::Duration::from_secs(2), "{:?}", began.elapsed());
+        assert!(hog.open_size() > 0 && other.open_size() > 0, "nobody had to give way");
     }
 }

@@ -3,12 +3,12 @@
 //! Read first: [`Server::run`], then [`crate::session`].
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use backhaul_protocol::ids::GroupId;
+use backhaul_protocol::ids::{AgentId, GroupId};
 use backhaul_protocol::store::checkpoint::Sharing;
 use backhaul_protocol::wire::message::CloseCode;
 use backhaul_transport::authority::Authority;
@@ -19,6 +19,7 @@ use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
 use crate::catalog::Catalog;
+use crate::quota::Quota;
 use crate::round::{GroupState, RoundResources};
 use crate::segment_writer::Budget;
 
@@ -50,6 +51,13 @@ impl Default for ServerSettings {
         }
     }
 }
+
+/// Connections that have not shown who they are: handshakes, and strangers who may join. 64 KiB of credit each.
+const MAX_STRANGERS: usize = 64;
+/// Of these, from one address. Many agents may be behind one, and a handshake takes milliseconds.
+const MAX_STRANGERS_OF_ONE_ADDRESS: usize = 32;
+/// Sessions of one agent: its service, and restores beside it. 8 MiB of credit each.
+const MAX_SESSIONS_OF_ONE_AGENT: usize = 8;
 
 /// A group that somebody writes to: its state, and how to take it over.
 #[derive(Debug)]
@@ -98,8 +106,10 @@ pub struct Shared {
     /// As set.
     pub settings: ServerSettings,
     groups: Mutex<HashMap<GroupId, Arc<GroupSlot>>>,
+    /// Connections of whom is not known yet who they are.
+    pub strangers: Arc<Quota<IpAddr>>,
     /// Sessions that are open.
-    pub sessions: AtomicUsize,
+    pub sessions: Arc<Quota<AgentId>>,
     /// Numbers sessions in logs.
     pub session_numbers: AtomicU64,
 }
@@ -115,16 +125,48 @@ impl std::fmt::Debug for AuthorityHandle {
 
 impl Shared {
     /// The slot of a group.
-    pub fn slot(&self, group: GroupId) -> Arc<GroupSlot> {
-        let mut groups = lock(&self.groups);
+    pub fn slot(shared: &Arc<Self>, group: GroupId) -> SlotInUse {
+        let mut groups = lock(&shared.groups);
         let new = || {
             Arc::new(GroupSlot {
-                state: Arc::new(AsyncMutex::new(GroupState::new(self.catalog.log(group)))),
+                state: Arc::new(AsyncMutex::new(GroupState::new(shared.catalog.log(group)))),
                 holder: Mutex::default(),
                 last_hint: Mutex::default(),
             })
         };
-        groups.entry(group).or_insert_with(new).clone()
+        let slot = groups.entry(group).or_insert_with(new).clone();
+        SlotInUse { shared: shared.clone(), group, slot }
+    }
+
+    /// Groups of which something is remembered.
+    pub fn groups_in_use(&self) -> usize {
+        lock(&self.groups).len()
+    }
+}
+
+/// A group's slot while a session needs it. What is known of a group takes up to some 40 MiB and can be read from the
+/// store again: it is forgotten with the last session.
+#[derive(Debug)]
+pub struct SlotInUse {
+    shared: Arc<Shared>,
+    group: GroupId,
+    slot: Arc<GroupSlot>,
+}
+
+impl std::ops::Deref for SlotInUse {
+    type Target = GroupSlot;
+    fn deref(&self) -> &GroupSlot {
+        &self.slot
+    }
+}
+
+impl Drop for SlotInUse {
+    fn drop(&mut self) {
+        let mut groups = lock(&self.shared.groups);
+        // The map's and this one: all others are made under the same lock.
+        if Arc::strong_count(&self.slot) <= 2 {
+            groups.remove(&self.group);
+        }
     }
 }
 
@@ -139,7 +181,7 @@ impl Server {
     pub fn bind(catalog: Catalog, authority: Authority, settings: ServerSettings) -> Result<Self, TransportError> {
         let own = authority.issue_receiver(SystemTime::now())?;
         let tls = server_config(&authority, own)?;
-        let endpoint = Endpoint::server(settings.listen, tls, Windows::UNKNOWN_PEER)?;
+        let endpoint = Endpoint::server(settings.listen, tls, Windows::UNKNOWN_PEER, authority.reset_key())?;
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
         let resources = RoundResources {
             budget: Budget::new(settings.memory),
@@ -149,13 +191,15 @@ impl Server {
         if catalog.format.sharing == Sharing::OneReceiver {
             tracing::warn!("this store has no atomic conditional write: never run a second receiver on it");
         }
+        let sessions = Quota::new(settings.max_sessions, MAX_SESSIONS_OF_ONE_AGENT);
         let shared = Arc::new(Shared {
             catalog,
             authority: AuthorityHandle(authority),
             resources,
             settings,
             groups: Mutex::default(),
-            sessions: AtomicUsize::new(0),
+            strangers: Quota::new(MAX_STRANGERS, MAX_STRANGERS_OF_ONE_ADDRESS),
+            sessions,
             session_numbers: AtomicU64::new(1),
         });
         Ok(Self { endpoint, shared })
@@ -176,19 +220,20 @@ impl Server {
                 () = crate::session::stopped(&mut shutdown) => break,
                 incoming = self.endpoint.accept() => {
                     let Some(incoming) = incoming else { break };
-                    if self.shared.sessions.load(Ordering::Relaxed) >= self.shared.settings.max_sessions {
-                        incoming.refuse();
-                        continue;
-                    }
-                    // Under load strangers must show that they receive what is sent to their address.
-                    if self.endpoint.open_connections() > self.shared.settings.max_sessions / 2
-                        && !incoming.remote_address_validated()
-                    {
+                    // Under load strangers must show that they receive what is sent to their address; until then they
+                    // cost nothing.
+                    let crowded = self.shared.strangers.inside() >= MAX_STRANGERS_OF_ONE_ADDRESS / 2;
+                    if crowded && !incoming.remote_address_validated() {
                         let _ = incoming.retry();
                         continue;
                     }
+                    let Ok(ticket) = self.shared.strangers.enter(incoming.remote_address().ip()) else {
+                        tracing::info!(from = %incoming.remote_address(), "too many strangers: refused a connection");
+                        incoming.refuse();
+                        continue;
+                    };
                     let (shared, stop) = (self.shared.clone(), shutdown.clone());
-                    sessions.spawn(crate::session::run(shared, incoming, stop));
+                    sessions.spawn(crate::session::run(shared, incoming, ticket, stop));
                 }
                 Some(_) = sessions.join_next() => {}
             }
@@ -198,5 +243,30 @@ impl Server {
             tracing::warn!("sessions did not end within 30 s; what had arrived is sent again");
         }
         self.endpoint.close(CloseCode::ShuttingDown, "the receiver is shutting down").await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::mem::MemStore;
+    use crate::testing::TestGroup;
+
+    #[tokio::test]
+    async fn a_group_that_no_session_uses_is_forgotten() {
+        let group = TestGroup::new(Arc::new(MemStore::new()), 1 << 20).await;
+        let (certificate, key) = Authority::generate(SystemTime::now()).expect("a key");
+        let authority = Authority::from_pem(&certificate, &key).expect("just made");
+        let settings = ServerSettings { listen: ([127, 0, 0, 1], 0).into(), ..ServerSettings::default() };
+        let server = Server::bind(group.catalog.clone(), authority, settings).expect("a free port");
+        let own = GroupId([1; 16]);
+        let (one, two) = (Shared::slot(&server.shared, own), Shared::slot(&server.shared, own));
+        let other = Shared::slot(&server.shared, GroupId([2; 16]));
+        assert!(Arc::ptr_eq(&one.slot, &two.slot), "sessions of one group share what is known");
+        assert_eq!(server.shared.groups_in_use(), 2);
+        drop((one, other));
+        assert_eq!(server.shared.groups_in_use(), 1);
+        drop(two);
+        assert_eq!(server.shared.groups_in_use(), 0);
     }
 }

@@ -358,7 +358,7 @@ async fn wants_beyond_the_end_cost_no_session() {
 }
 
 /// A commit of an unchanged volume, right in everything; its session is open.
-async fn empty_commit(
+pub(crate) async fn empty_commit(
     target: &Target,
     sender: &mut ControlSender<AgentMessage>,
     receiver: &mut ControlReceiver<ReceiverMessage>,
@@ -378,7 +378,7 @@ async fn empty_commit(
     }
 }
 
-async fn refused(receiver: &mut ControlReceiver<ReceiverMessage>, why: &str) {
+pub(crate) async fn refused(receiver: &mut ControlReceiver<ReceiverMessage>, why: &str) {
     let answer = tokio::time::timeout(Duration::from_secs(15), receiver.receive()).await;
     match answer.unwrap_or_else(|_| panic!("no answer where one must say: {why}")) {
         Ok(Some(ReceiverMessage::Refused(refusal))) => assert!(refusal.text.contains(why), "{why}: {}", refusal.text),

@@ -6,6 +6,7 @@ mod hostile;
 mod identity;
 mod index;
 mod log;
+mod overload;
 mod replicate;
 mod restore;
 mod resume;

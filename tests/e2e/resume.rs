@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use backhaul_tests::fixture::number;
+use backhaul_tests::fixture::{Serving, number};
 use backhaul_tests::process::until;
 use backhaul_tests::{Agent, Fixture, Network, Random, Weather, image};
 
@@ -199,4 +199,52 @@ fn a_killed_incremental_keeps_the_old_point_and_the_next_is_right() {
         let synced = agent.sync();
         assert_eq!(synced["volumes"][0]["digest"], image::digest(&disk, 65536));
     }
+}
+
+/// At the same address, as its service manager starts it again.
+fn serve_again_at(f: &Fixture, address: std::net::SocketAddr) -> Serving {
+    let command = f.receiver_command(&["serve", "--listen", &address.to_string(), "-v"]);
+    Serving::start(command, &f.path("serve.err"))
+}
+
+/// A receiver that was killed and started again says that it knows nothing of the connection: nobody waits for a
+/// timeout.
+#[test]
+fn a_receiver_that_was_killed_is_found_again_within_seconds() {
+    let f = Fixture::new();
+    let mut serving = f.serve();
+    let agent = f.joined("agent", &serving);
+    let disk = f.path("disk.img");
+    image::random(&disk, 2 * MIB, &mut Random::new(8));
+    agent.protect("data", &disk);
+    let _running = agent.start(&["run", "--every", "1s"]);
+    until("a point", PROMPT, || f.points().len() == 1);
+    for (points, away) in [(2, 0), (3, 1), (4, 12)] {
+        serving.child.kill();
+        std::thread::sleep(Duration::from_secs(away));
+        image::write(&disk, 1000 * points, b"while it was away");
+        serving = serve_again_at(&f, serving.socket());
+        let took = until("the next point", Duration::from_secs(60), || f.points().len() as u64 == points);
+        assert!(took < Duration::from_secs(12), "{took:?} after {away} s");
+        println!("{took:?} after {away} s");
+    }
+}
+
+#[test]
+fn a_sync_goes_on_within_seconds_when_its_receiver_was_killed() {
+    let mut random = Random::printed("a_sync_goes_on_within_seconds_when_its_receiver_was_killed");
+    let f = Fixture::new();
+    let mut serving = f.serve();
+    let agent = f.joined("agent", &serving);
+    let disk = disk(&f, &mut random);
+    agent.protect("data", &disk);
+    let mut child = agent.start(&["sync"]);
+    until("segments", PROMPT, || f.stored("segments") > 20 * MIB || !child.is_running());
+    serving.child.kill();
+    let began = std::time::Instant::now();
+    let _serving = serve_again_at(&f, serving.socket());
+    assert_eq!(child.wait(Duration::from_secs(60)).code(), Some(0), "{}", child.err());
+    assert!(began.elapsed() < Duration::from_secs(18), "{:?}", began.elapsed());
+    println!("{:?}", began.elapsed());
+    assert_eq!(f.points()[0]["volumes"][0]["digest"], image::digest(&disk, 65536));
 }

@@ -11,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::Context;
 use crate::config::EVERY;
-use crate::connection::{Session, connect};
+use crate::connection::{Session, SessionError, connect};
 use crate::protect;
 use crate::replicate::{CommitWhen, Round, RoundError, RoundReport};
 use crate::state::{Joined, StateDir, machine_id};
@@ -21,6 +21,9 @@ use crate::status::{RunState, StatusServer};
 const AT_LEAST: Duration = Duration::from_secs(3600);
 /// The longest wait between two attempts.
 const MAX_BACKOFF: Duration = Duration::from_secs(60);
+/// The same where the receiver can't be reached: an attempt is a few packets, and every second of waiting is one that
+/// the last point gets older after the receiver is back.
+const MAX_NETWORK_BACKOFF: Duration = Duration::from_secs(5);
 
 /// Options of `run`.
 #[derive(Args, Clone, Debug)]
@@ -104,7 +107,9 @@ impl Service<'_> {
                 let round = error.downcast_ref::<RoundError>();
                 let (state, backoff) = if round.is_none_or(RoundError::is_retryable) {
                     let doubled = Duration::from_millis(500) * 2u32.saturating_pow(self.failures.min(8));
-                    (RunState::Disconnected, jitter(doubled.min(MAX_BACKOFF)))
+                    let away = matches!(round, Some(RoundError::Session(SessionError::Transport(_))));
+                    let most = if away { MAX_NETWORK_BACKOFF } else { MAX_BACKOFF };
+                    (RunState::Disconnected, jitter(doubled.min(most)))
                 } else if round.is_some_and(RoundError::is_divergence) {
                     (RunState::Diverged, MAX_BACKOFF)
                 } else {

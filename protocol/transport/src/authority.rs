@@ -32,6 +32,7 @@ pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
     certificate: CertificateDer<'static>,
     certificate_pem: String,
+    reset_key: [u8; 32],
 }
 
 /// A certificate chain and its key, ready for TLS.
@@ -61,7 +62,9 @@ impl Authority {
         let issuer = Issuer::from_ca_cert_pem(certificate_pem, KeyPair::from_pem(key_pem)?)?;
         let certificate = crate::tls::certificates_from_pem(certificate_pem)?.into_iter().next();
         let certificate = certificate.ok_or(TlsError::Pem("no certificate"))?;
-        Ok(Self { issuer, certificate, certificate_pem: certificate_pem.to_owned() })
+        // Of the key and not of its text: a line end more makes no other receiver of it.
+        let reset_key = blake3::derive_key("backhaul 2026-11 stateless resets", issuer.key().serialized_der());
+        Ok(Self { issuer, certificate, certificate_pem: certificate_pem.to_owned(), reset_key })
     }
 
     /// Its certificate.
@@ -71,6 +74,10 @@ impl Authority {
     /// Its certificate as PEM.
     pub fn certificate_pem(&self) -> &str {
         &self.certificate_pem
+    }
+    /// What all receivers of this authority know, and nobody else: the key of stateless resets.
+    pub fn reset_key(&self) -> [u8; 32] {
+        self.reset_key
     }
     /// What a join token names it by.
     pub fn fingerprint(&self) -> [u8; 32] {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use backhaul_protocol::wire::SERVER_NAME;
 use backhaul_protocol::wire::message::CloseCode;
+use quinn::crypto::{CryptoError, HmacKey};
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime, TransportConfig, VarInt};
 use tokio::runtime::Handle;
 
@@ -26,10 +27,14 @@ const STREAM_WINDOW: u32 = 1 << 20;
 pub const MAX_BLOCK_STREAMS: u32 = 32;
 /// UDP buffers asked for; the kernel caps them at net.core.rmem_max and wmem_max.
 const SOCKET_BUFFER: usize = 4 << 20;
-/// A peer that is gone is noticed after this long.
+/// A peer that is gone is noticed after this long where nobody is left to say so: the network is cut, the machine is
+/// off, or its address has changed. Not less: on a bad path the answer to a packet may take ten seconds, and a link
+/// that is given up costs more than one that is waited for. A receiver that was only started again says so itself, by
+/// a stateless reset in answer to the next packet, which the keep-alive sends within five seconds.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Enough for the endpoint's thread to send what it has to send.
 const GOODBYE: Duration = Duration::from_millis(20);
+/// Four of them may be lost before the idle timeout; also keeps the mappings of NATs, which live for 30 s and more.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
 /// Memory that one connection may take: credit for what the peer sends, and what we send and is not acknowledged.
@@ -57,14 +62,20 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Listens on `address`.
-    pub fn server(address: SocketAddr, tls: rustls::ServerConfig, windows: Windows) -> Result<Self, TransportError> {
+    /// Listens on `address`. `reset_key` is the same at every start: by it a receiver that was killed and started again
+    /// tells agents at their next packet that it knows nothing of their connections.
+    pub fn server(
+        address: SocketAddr,
+        tls: rustls::ServerConfig,
+        windows: Windows,
+        reset_key: [u8; 32],
+    ) -> Result<Self, TransportError> {
         let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(tls)
             .map_err(|_| crate::tls::TlsError::Pem("no TLS 1.3 cipher"))?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
         config.transport_config(Arc::new(transport(windows, true)));
         config.max_incoming(64);
-        Self::start(address, Some(config))
+        Self::start(address, Some((config, ResetKey(reset_key))))
     }
 
     /// Any free port, of the same address family as the receiver's address.
@@ -76,13 +87,17 @@ impl Endpoint {
         Self::start(any, None)
     }
 
-    fn start(address: SocketAddr, server: Option<quinn::ServerConfig>) -> Result<Self, TransportError> {
+    fn start(address: SocketAddr, server: Option<(quinn::ServerConfig, ResetKey)>) -> Result<Self, TransportError> {
         let failed = |cause| TransportError::Bind { address, cause };
         let socket = UdpSocket::bind(address).map_err(failed)?;
         enlarge_buffers(&socket);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
         let handle = runtime.handle().clone();
-        let mut config = quinn::EndpointConfig::default();
+        let mut config = match &server {
+            Some((_, key)) => key.endpoint_config(),
+            None => quinn::EndpointConfig::default(),
+        };
+        let server = server.map(|(config, _)| config);
         config.max_udp_payload_size(MAX_PACKET).map_err(|e| failed(io::Error::other(e)))?;
         let on_thread = Arc::new(OnThread(handle.clone()));
         let inner = quinn::Endpoint::new(config, server, socket, on_thread).map_err(failed)?;
@@ -147,6 +162,35 @@ impl Drop for Endpoint {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+/// Signs stateless resets, and recognises connection ids of an earlier start: both must outlive the process, or the
+/// reset of a receiver that was started again is not believed, and the agent waits for the idle timeout.
+struct ResetKey([u8; 32]);
+
+impl ResetKey {
+    fn endpoint_config(&self) -> quinn::EndpointConfig {
+        let mut config = quinn::EndpointConfig::new(Arc::new(Self(self.0)));
+        let mut ids = [0; 8];
+        ids.copy_from_slice(&blake3::keyed_hash(&self.0, b"connection ids").as_bytes()[..8]);
+        let ids = u64::from_le_bytes(ids);
+        config.cid_generator(move || Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(ids)));
+        config
+    }
+}
+
+impl HmacKey for ResetKey {
+    fn sign(&self, data: &[u8], signature: &mut [u8]) {
+        signature.copy_from_slice(blake3::keyed_hash(&self.0, data).as_bytes());
+    }
+    fn signature_len(&self) -> usize {
+        blake3::OUT_LEN
+    }
+    fn verify(&self, data: &[u8], signature: &[u8]) -> Result<(), CryptoError> {
+        // In constant time, which is what comparing hashes is.
+        let stated: [u8; 32] = signature.try_into().map_err(|_| CryptoError)?;
+        if blake3::keyed_hash(&self.0, data) == blake3::Hash::from(stated) { Ok(()) } else { Err(CryptoError) }
     }
 }
 

@@ -1,0 +1,189 @@
+//! More peers than there is room for, and sessions that must end whatever they are doing (I12, I14, I17).
+
+use std::time::{Duration, Instant};
+
+use backhaul_protocol::ids::VolumeSlot;
+use backhaul_protocol::wire::message::{AgentMessage, CloseCode, OpenRead, PointSpec, ReceiverMessage};
+use backhaul_tests::peer::{As, Connection, Control, Target, target, target_with};
+use backhaul_transport::endpoint::Endpoint;
+use backhaul_transport::error::TransportError;
+
+use crate::hostile::{empty_commit, refused};
+
+const ENDS: Duration = Duration::from_secs(30);
+
+/// Bytes of memory that a process has.
+fn resident(pid: rustix::process::Pid) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).expect("it runs");
+    let line = text.lines().find(|l| l.starts_with("VmRSS:")).expect("a process has memory");
+    line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).expect("a number") * 1024
+}
+
+/// Strangers that connect and say nothing, more than there is room for: some are refused, memory stays, and the agent
+/// works on beside them.
+#[tokio::test]
+async fn strangers_take_nobodys_place() {
+    let mut target = target();
+    let before = resident(target.serving.child.pid());
+    let mut open = Vec::new();
+    let mut refused = 0;
+    for _ in 0..120 {
+        match target.try_connect(As::Stranger).await {
+            (endpoint, Ok(connection)) => open.push((endpoint, connection)),
+            (_, Err(error)) => {
+                assert!(error.is_retryable(), "{error}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused > 0 && open.len() >= 16, "{} are in, {refused} were refused", open.len());
+    let grown = resident(target.serving.child.pid()).saturating_sub(before);
+    assert!(grown < 64 << 20, "{grown} bytes for {} strangers", open.len());
+    // They are shown out after a while, and then there is room again.
+    for (_, connection) in &open {
+        connection.is_closed("a stranger that says nothing").await;
+    }
+    target.unharmed(1);
+}
+
+async fn reading(target: &Target) -> (Endpoint, Connection, Control, Option<ReceiverMessage>) {
+    let (endpoint, connection) = target.connect(As::Agent).await;
+    let mut control = connection.greet().await;
+    let _ = control.0.send(&AgentMessage::OpenRead(OpenRead { point: PointSpec::Latest })).await;
+    let answer = control.1.receive().await.unwrap_or_default();
+    (endpoint, connection, control, answer)
+}
+
+#[tokio::test]
+async fn one_agent_has_a_bounded_number_of_sessions() {
+    let mut target = target();
+    let mut open = Vec::new();
+    for _ in 0..7 {
+        let session = reading(&target).await;
+        assert!(matches!(session.3, Some(ReceiverMessage::ReadOpened(_))), "{:?}", session.3);
+        open.push(session);
+    }
+    target.unharmed(1);
+    open.push(reading(&target).await);
+    let (_endpoint, _connection, _control, answer) = reading(&target).await;
+    let Some(ReceiverMessage::Refused(refusal)) = answer else { panic!("{answer:?}") };
+    assert!(refusal.reason.is_retryable() && refusal.text.contains("as many sessions as it may have"), "{refusal:?}");
+    for (_, connection, ..) in &open {
+        connection.0.close(0_u32.into(), b"");
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    target.unharmed(2);
+}
+
+#[tokio::test]
+async fn a_receiver_has_a_bounded_number_of_sessions() {
+    let mut target = target_with("max_sessions = 2\n");
+    let open = [reading(&target).await, reading(&target).await];
+    let (_endpoint, _connection, mut control, answer) = reading(&target).await;
+    let Some(ReceiverMessage::Refused(refusal)) = answer else { panic!("{answer:?}") };
+    assert!(refusal.text.contains("this receiver has as many sessions"), "{refusal:?}");
+    control.0.finish();
+    drop(_connection);
+    for (_, connection, ..) in &open {
+        connection.0.close(0_u32.into(), b"");
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    target.unharmed(1);
+}
+
+/// How a session can be busy.
+#[derive(Clone, Copy, Debug)]
+enum Busy {
+    /// A commit waits for records that do not come.
+    Committing,
+    /// Answers are waited for by nobody.
+    Deaf,
+    /// Blocks are wanted and not taken.
+    Wanting,
+}
+
+const BUSY: [Busy; 3] = [Busy::Committing, Busy::Deaf, Busy::Wanting];
+
+async fn busy(target: &Target, how: Busy) -> (Endpoint, Connection, Control) {
+    let (endpoint, connection) = target.connect(As::Agent).await;
+    let (mut sender, mut receiver) = connection.greet().await;
+    if let Busy::Wanting = how {
+        let open = OpenRead { point: PointSpec::Latest };
+        sender.send(&AgentMessage::OpenRead(open)).await.expect("sent");
+        assert!(matches!(receiver.receive().await, Ok(Some(ReceiverMessage::ReadOpened(_)))));
+    } else {
+        let mut commit = empty_commit(target, &mut sender, &mut receiver).await;
+        commit.records = 1;
+        if let Busy::Committing = how {
+            sender.send(&AgentMessage::Commit(Box::new(commit))).await.expect("sent");
+        }
+    }
+    let question = match how {
+        Busy::Committing => return (endpoint, connection, (sender, receiver)),
+        Busy::Deaf => AgentMessage::Ranges { volume: VolumeSlot(0), first: 0 },
+        Busy::Wanting => AgentMessage::Want { volume: VolumeSlot(0), page: 0, blocks: vec![255; 128] },
+    };
+    // Until nothing more goes in: then the session waits for us.
+    while let Ok(sent) = tokio::time::timeout(Duration::from_secs(1), sender.send(&question)).await {
+        sent.expect("sent");
+    }
+    (endpoint, connection, (sender, receiver))
+}
+
+async fn ends(connection: &Connection, code: CloseCode, how: Busy) {
+    let began = Instant::now();
+    let closed = tokio::time::timeout(ENDS, connection.0.closed()).await;
+    let reason = closed.unwrap_or_else(|_| panic!("{how:?}: not within {ENDS:?}"));
+    assert_eq!(TransportError::from(reason).close_code(), Some(code), "{how:?} after {:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_revocation_ends_a_session_that_is_busy() {
+    let mut sessions = Vec::new();
+    for how in BUSY {
+        let target = target();
+        let (endpoint, connection, control) = busy(&target, how).await;
+        target.f.receiver(&["revoke", &target.agent.id()]).ok();
+        sessions.push((how, target, endpoint, connection, control));
+    }
+    for (how, _, _, connection, _) in &sessions {
+        ends(connection, CloseCode::Revoked, *how).await;
+    }
+}
+
+#[tokio::test]
+async fn a_shutdown_ends_a_session_that_is_busy() {
+    for how in BUSY {
+        let target = target();
+        let (_endpoint, connection, _control) = busy(&target, how).await;
+        target.serving.child.signal(rustix::process::Signal::TERM);
+        ends(&connection, CloseCode::ShuttingDown, how).await;
+        target.serving.stop();
+    }
+}
+
+#[tokio::test]
+async fn a_newer_session_takes_over_from_one_that_is_busy() {
+    for how in [Busy::Committing, Busy::Deaf] {
+        let mut target = target();
+        let (_endpoint, connection, _control) = busy(&target, how).await;
+        let began = Instant::now();
+        target.unharmed(1);
+        assert!(began.elapsed() < Duration::from_secs(20), "{how:?}: {:?}", began.elapsed());
+        ends(&connection, CloseCode::Superseded, how).await;
+    }
+}
+
+/// Agents that send nothing for a commit of theirs do not keep their refusal from being heard.
+#[tokio::test]
+async fn a_commit_out_of_place_is_refused_on_a_session_that_reads() {
+    let mut target = target();
+    let (_endpoint, connection) = target.connect(As::Agent).await;
+    let (mut sender, mut receiver) = connection.greet().await;
+    let commit = empty_commit(&target, &mut sender, &mut receiver).await;
+    sender.send(&AgentMessage::OpenRead(OpenRead { point: PointSpec::Latest })).await.expect("sent");
+    assert!(matches!(receiver.receive().await, Ok(Some(ReceiverMessage::ReadOpened(_)))));
+    sender.send(&AgentMessage::Commit(Box::new(commit))).await.expect("sent");
+    refused(&mut receiver, "`Commit` without `Open`").await;
+    target.unharmed(1);
+}
