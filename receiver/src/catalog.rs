@@ -1,32 +1,27 @@
 //! What the store holds: groups, and each group's log.
 //!
 //! Read first: [`Catalog`], then [`GroupLog`]. A point exists if and only if its log record does; everything here
-//! is read from the store anew, and nothing is believed that is not in the log.
+//! is read from the store anew, and nothing is believed that is not in the log. Which points there are, and what to
+//! make of a log that is damaged, is told in [`crate::history`]; groups whose name is damaged in [`crate::locate`].
 
 use std::sync::Arc;
 
 use backhaul_protocol::digest::ObjectDigest;
 use backhaul_protocol::ids::{GroupId, LogSeq, Name};
-use backhaul_protocol::limits::{CHECKPOINT_INTERVAL, MAX_LOG_RECORD};
+use backhaul_protocol::limits::MAX_LOG_RECORD;
 use backhaul_protocol::session::sink::GroupHead;
-use backhaul_protocol::store::checkpoint::{Checkpoint, PointSummary, Sharing, StoreFormat, read_seq, write_seq};
+use backhaul_protocol::store::checkpoint::{Checkpoint, Sharing, StoreFormat, read_seq, write_seq};
 use backhaul_protocol::store::envelope::Kind as ObjectKind;
 use backhaul_protocol::store::fleet::read_group_name;
 use backhaul_protocol::store::key::{self, GroupKeys};
-use backhaul_protocol::store::log::{PointBody, Record};
-use backhaul_protocol::wire::message::PointSpec;
+use backhaul_protocol::store::log::Record;
 use bytes::Bytes;
-use tokio::task::JoinSet;
 
 use crate::read_error::ReadError;
 use crate::store::{Kind, ObjectStore, StoreError};
 
 /// A small object's longest length: names, tokens, hints. All are under 300 bytes.
 pub const SMALL: usize = 4096;
-/// Longest checkpoint that is read: over 500,000 points of one volume.
-const MAX_CHECKPOINT: usize = 64 << 20;
-/// Log records that are read at once when a list of points is made.
-const READ_AHEAD: usize = 16;
 
 /// A store that holds recovery points.
 #[derive(Clone, Debug)]
@@ -90,19 +85,6 @@ impl Catalog {
         read_group_name(&bytes).map(Some).map_err(ReadError::damaged(&key))
     }
 
-    /// The group of this name, or an error that says what there is.
-    pub async fn expect_group(&self, name: &Name) -> Result<GroupLog, ReadError> {
-        match self.group(name).await? {
-            Some(group) => Ok(self.log(group)),
-            None => {
-                let names: Vec<String> = self.groups().await?.into_iter().map(|(n, _)| n.to_string()).collect();
-                let have =
-                    if names.is_empty() { "it has none yet".into() } else { format!("it has {}", names.join(", ")) };
-                Err(ReadError::NotFound(format!("no group \"{name}\" in {}: {have}", self.store.describe())))
-            }
-        }
-    }
-
     /// The log of a group.
     pub fn log(&self, group: GroupId) -> GroupLog {
         GroupLog { store: self.store.clone(), keys: GroupKeys(group), sharing: self.format.sharing }
@@ -150,6 +132,11 @@ impl GroupLog {
         Ok(Some((record, Record::hash(&bytes))))
     }
 
+    /// What the keys of all log records begin with.
+    pub(crate) fn prefix(&self) -> String {
+        self.keys.log(LogSeq(0)).as_str().trim_end_matches(|c: char| c.is_ascii_digit()).to_owned()
+    }
+
     async fn exists(&self, seq: LogSeq) -> Result<bool, ReadError> {
         match self.store.get_range(&self.keys.log(seq), 0..1).await {
             Ok(_) => Ok(true),
@@ -167,14 +154,28 @@ impl GroupLog {
         }
     }
 
+    /// The hint of the newest number; `None` where there is none.
+    pub(crate) async fn hint(&self) -> Result<Option<LogSeq>, ReadError> {
+        let key = self.keys.head();
+        match get_optional(&*self.store, &key, SMALL).await? {
+            None => Ok(None),
+            Some(bytes) => read_seq(ObjectKind::Head, &bytes).map(Some).map_err(ReadError::damaged(&key)),
+        }
+    }
+
     /// The number of the newest record: from the hint, then onwards in growing steps, then between. Numbers are
     /// contiguous, so a few dozen probes find it whatever the hint says.
     pub async fn newest(&self) -> Result<LogSeq, ReadError> {
-        let hint = match get_optional(&*self.store, &self.keys.head(), SMALL).await? {
+        let hint = match self.hint().await {
+            Ok(hint) => hint.unwrap_or_default(),
             // A damaged hint is no loss: it is only where to begin.
-            Some(bytes) => read_seq(ObjectKind::Head, &bytes).unwrap_or_default(),
-            None => LogSeq(0),
+            Err(e) if e.is_damage() => LogSeq(0),
+            Err(e) => return Err(e),
         };
+        self.newest_from(hint).await
+    }
+
+    pub(crate) async fn newest_from(&self, hint: LogSeq) -> Result<LogSeq, ReadError> {
         let mut low = if self.exists(hint).await? { hint } else { self.floor().await? };
         if low != hint && !self.exists(low).await? {
             return Err(ReadError::Log { seq: low, what: "its first record is missing" });
@@ -200,8 +201,7 @@ impl GroupLog {
     /// may write into such a gap, or take what lies before it for all there is.
     async fn check_no_gap(&self, newest: LogSeq) -> Result<(), ReadError> {
         let newest_key = self.keys.log(newest);
-        let prefix = newest_key.as_str().trim_end_matches(|c: char| c.is_ascii_digit()).to_owned();
-        let beyond = self.store.list(&prefix, Some(&newest_key), 2).await?;
+        let beyond = self.store.list(&self.prefix(), Some(&newest_key), 2).await?;
         // The very next one may have been written while this one looked.
         let next_key = self.keys.log(newest.next());
         if beyond.iter().any(|(key, _)| *key != next_key) && !self.exists(newest.next()).await? {
@@ -233,84 +233,6 @@ impl GroupLog {
             candidate = self.read(at).await?.map(|(r, _)| r);
         };
         Ok((GroupHead { record, point }, hash))
-    }
-
-    /// All points, ascending. Reads the newest checkpoint and the records after it, and checks their chain.
-    pub async fn points(&self) -> Result<Vec<PointSummary>, ReadError> {
-        let newest = self.newest().await?;
-        let mut points = Vec::new();
-        let mut previous = None;
-        let mut from = 0;
-        let mut at = newest.0 / CHECKPOINT_INTERVAL * CHECKPOINT_INTERVAL;
-        while at > 0 {
-            let key = self.keys.checkpoint(LogSeq(at));
-            if let Some(bytes) = get_optional(&*self.store, &key, MAX_CHECKPOINT).await? {
-                let checkpoint =
-                    Checkpoint::parse(self.group(), LogSeq(at), &bytes).map_err(ReadError::damaged(&key))?;
-                points = checkpoint.points;
-                previous = Some(checkpoint.hash);
-                from = at + 1;
-                break;
-            }
-            at -= CHECKPOINT_INTERVAL;
-        }
-        for chunk_start in (from..=newest.0).step_by(READ_AHEAD) {
-            let chunk = chunk_start..=(chunk_start + READ_AHEAD as u64 - 1).min(newest.0);
-            let mut reads = JoinSet::new();
-            for seq in chunk {
-                let log = self.clone();
-                reads.spawn(async move { (seq, log.read(LogSeq(seq)).await) });
-            }
-            let mut records = reads.join_all().await;
-            records.sort_by_key(|(seq, _)| *seq);
-            for (seq, record) in records {
-                let seq = LogSeq(seq);
-                let (record, hash) = record?.ok_or(ReadError::Log { seq, what: "it is missing" })?;
-                if previous.is_some_and(|p| p != record.previous) {
-                    return Err(ReadError::Log { seq, what: "it does not continue the record before" });
-                }
-                previous = Some(hash);
-                points.extend(PointSummary::of(&record));
-            }
-        }
-        Ok(points)
-    }
-
-    /// The point that is meant, and its record.
-    pub async fn find(&self, spec: PointSpec) -> Result<(Record, PointBody), ReadError> {
-        let seq = match spec {
-            PointSpec::Number(seq) => Some(seq),
-            PointSpec::Latest => self.latest().await?,
-            PointSpec::Time(time) => {
-                let points = self.points().await?;
-                let fits = |p: &&PointSummary| p.time <= time && is_default(p.consistency);
-                points.iter().rev().find(fits).map(|p| p.seq)
-            }
-        };
-        let none = || ReadError::NotFound("no such point; `points` lists those that there are".into());
-        let Some(seq) = seq else {
-            let text =
-                "no point that is not fuzzy; name one by its number to take it all the same: `points` lists them";
-            return Err(ReadError::NotFound(text.into()));
-        };
-        let (record, _) = self.read(seq).await?.ok_or_else(none)?;
-        let point = record.point().cloned().ok_or_else(none)?;
-        Ok((record, point))
-    }
-
-    /// The newest point that is not fuzzy: usually the newest record, so the log is read backwards, and the list of
-    /// all points only when many are fuzzy.
-    async fn latest(&self) -> Result<Option<LogSeq>, ReadError> {
-        let newest = self.newest().await?;
-        for back in 0..8 {
-            let Some(seq) = newest.0.checked_sub(back) else { return Ok(None) };
-            let Some((record, _)) = self.read(LogSeq(seq)).await? else { break };
-            if record.point().is_some_and(|p| is_default(p.consistency)) {
-                return Ok(Some(LogSeq(seq)));
-            }
-        }
-        let points = self.points().await?;
-        Ok(points.iter().rev().find(|p| is_default(p.consistency)).map(|p| p.seq))
     }
 
     /// THE commit: puts the record under its number, if nothing is there. A record with our own commit id in the way
@@ -361,8 +283,4 @@ impl GroupLog {
             _ => Ok(()),
         }
     }
-}
-
-fn is_default(consistency: backhaul_protocol::consistency::Consistency) -> bool {
-    consistency != backhaul_protocol::consistency::Consistency::Fuzzy
 }

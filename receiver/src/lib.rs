@@ -12,8 +12,10 @@ pub mod draft;
 pub mod dry_run;
 pub mod fetch;
 pub mod fold;
+pub mod history;
 pub mod ingest;
 pub mod keys;
+pub mod locate;
 pub mod plan;
 pub mod presence;
 pub mod quota;
@@ -35,3 +37,4 @@ pub mod survey;
 #[cfg(test)]
 mod testing;
 pub mod view;
+pub mod whole;

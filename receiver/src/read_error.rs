@@ -42,9 +42,26 @@ pub enum ReadError {
         /// What is wrong.
         what: &'static str,
     },
+    /// The record of the point that is wanted can't be read, or one that may be it.
+    #[error("{cause}; {what}{}", older_text(.older))]
+    Point {
+        /// What can't be read.
+        cause: Box<ReadError>,
+        /// What follows from it.
+        what: String,
+        /// The newest point before it that can be read.
+        older: Option<LogSeq>,
+    },
     /// Asked for what is not there.
     #[error("{0}")]
     NotFound(String),
+}
+
+fn older_text(older: &Option<LogSeq>) -> String {
+    match older {
+        Some(seq) => format!("; the newest point before it that can be read is {seq}: name it, @{seq}, to restore it"),
+        None => "; no point before it can be read".into(),
+    }
 }
 
 impl ReadError {
@@ -55,7 +72,7 @@ impl ReadError {
     /// Whether what was written is damaged or gone: other parts may still be readable.
     pub fn is_damage(&self) -> bool {
         match self {
-            Self::Damaged { .. } | Self::Record { .. } | Self::Log { .. } => true,
+            Self::Damaged { .. } | Self::Record { .. } | Self::Log { .. } | Self::Point { .. } => true,
             Self::Store(e) => matches!(e.kind(), Kind::NotFound | Kind::Corrupt),
             Self::NotFound(_) => false,
         }

@@ -53,6 +53,11 @@ impl Lost {
         Self { volume: volume.to_string(), start: range.start, end: range.end, object, cause }
     }
 
+    /// An object that is about no volume, or by which no byte of one is lost.
+    pub fn object(object: String, cause: String) -> Self {
+        Self { volume: String::new(), start: 0, end: 0, object, cause }
+    }
+
     /// A whole page, whose part of a map can't be read.
     pub fn page(volume: &Name, geometry: Geometry, page: PageIndex, error: &ReadError) -> Self {
         Self::new(volume, page_range(geometry, page), object_of(error), error.to_string())
@@ -71,6 +76,7 @@ pub fn object_of(error: &ReadError) -> String {
         ReadError::Damaged { key, .. } | ReadError::Record { key, .. } => key.to_string(),
         ReadError::Store(e) => e.object().to_owned(),
         ReadError::Log { seq, .. } => format!("log record {seq}"),
+        ReadError::Point { cause, .. } => object_of(cause),
         ReadError::NotFound(_) => String::new(),
     }
 }
@@ -171,8 +177,7 @@ pub async fn open_view(log: &GroupLog, point: &PointBody) -> Result<OpenedView, 
                 Some(index) => {
                     entries.extend(index);
                     let cause = format!("{error}; its index can be made anew from its records, and no block is lost");
-                    let (volume, object) = (String::new(), object_of(&error));
-                    mended.push(Lost { volume, start: 0, end: 0, object, cause });
+                    mended.push(Lost::object(object_of(&error), cause));
                 }
                 None => holes.push(Hole { id: segment.id, slot: None, error }),
             },
@@ -204,7 +209,7 @@ pub async fn behind_holes(
             for (block, held) in page.blocks() {
                 let known = match held {
                     None => false,
-                    Some((_, Content::Data { location, .. })) => location.object.seq >= hole.id.seq,
+                    Some((_, Content::Data { location, .. })) => is_newer(location.object, hole.id),
                     // Where zeroes were noted is not known: only that something was.
                     Some((_, Content::Zero)) => true,
                 };
@@ -217,6 +222,14 @@ pub async fn behind_holes(
         }
     }
     Ok(lost)
+}
+
+/// Whether a record in `known` is newer than any of the same block in `hole`: a session sends a block once. Of two
+/// sessions on the same base it is not known which came first.
+fn is_newer(known: ObjectId, hole: ObjectId) -> bool {
+    let same_session = (known.seq, known.generation, known.session) == (hole.seq, hole.generation, hole.session);
+    // Inline records bear the number of their own record, segments that of the one before.
+    known.seq > hole.seq || same_session || hole.is_inline() && known.seq == hole.seq
 }
 
 const UNKNOWN: &str = "which blocks it held is not known, and of this one nothing newer is";

@@ -1,7 +1,7 @@
 //! Reads and checks what a point needs: its log record and those beside it, maps and indexes, digests, and the
 //! payloads or a sample of them. Writes nothing.
 //!
-//! Read first: [`verify_point`].
+//! Read first: [`verify_group`].
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use backhaul_protocol::digest::{RangeDigest, VolumeDigester};
 use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::ids::{LogSeq, Name};
 use backhaul_protocol::store::entry::{Content, Page};
-use backhaul_protocol::store::log::{PointVolume, Record};
+use backhaul_protocol::store::log::{PointBody, PointVolume, Record};
 use backhaul_protocol::wire::message::PointSpec;
 use backhaul_volume::rebuild::block_range;
 use serde::Serialize;
@@ -23,6 +23,7 @@ use crate::plan::restore::{RESTORE_GAP, window_pages};
 use crate::read_error::ReadError;
 use crate::salvage::{Lost, OpenedView, behind_holes, join_neighbours, object_of, open_view};
 use crate::view::{View, ViewVolume};
+use crate::whole::check_objects;
 
 /// How much of the payloads is read: so many of a million blocks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -31,6 +32,11 @@ pub struct Share(u32);
 const WHOLE: u32 = 1_000_000;
 
 impl Share {
+    /// Whether everything is read.
+    pub fn is_whole(self) -> bool {
+        self.0 == WHOLE
+    }
+
     /// `100%`, `2.5%`.
     pub fn parse(typed: &str) -> Result<Self, String> {
         let wrong = || format!("\"{typed}\" is not a share: want a percentage like 100% or 2.5%");
@@ -45,13 +51,29 @@ impl Share {
 /// Something that is damaged.
 #[derive(Clone, Debug, Serialize)]
 pub struct Damage {
-    /// Of the group.
-    pub group: String,
-    /// Of the point.
-    pub point: u64,
+    /// Of which group; `None`: of the store as such.
+    pub group: Option<String>,
+    /// Of which point; `None`: not of the point that was looked at.
+    pub point: Option<u64>,
     /// Where, and why.
     #[serde(flatten)]
     pub lost: Lost,
+}
+
+impl Damage {
+    /// An object of the store, or of a group, that is about no volume.
+    pub fn of_object(group: Option<&Name>, object: String, cause: &ReadError) -> Self {
+        Self { group: group.map(Name::to_string), point: None, lost: Lost::object(object, cause.to_string()) }
+    }
+}
+
+/// What was found of a group.
+#[derive(Clone, Debug, Default)]
+pub struct GroupReport {
+    /// Of the point; `None` if the group has none that can be read.
+    pub point: Option<PointReport>,
+    /// What is damaged, of the point and of the log.
+    pub damaged: Vec<Damage>,
 }
 
 /// What was found of a point.
@@ -69,9 +91,6 @@ pub struct PointReport {
     pub volumes: Vec<VolumeReport>,
     /// Bytes of payloads that were read and are right.
     pub bytes_verified: u64,
-    /// What is damaged.
-    #[serde(skip)]
-    pub damaged: Vec<Damage>,
 }
 
 /// What was found of a volume.
@@ -108,13 +127,30 @@ pub struct Scrub {
     pub threads: Arc<Semaphore>,
 }
 
-/// Checks one point. Errors are about reaching the store, and about what is not there; damage is in the report.
-pub async fn verify_point(
+/// Checks the log of a group and one of its points. Errors are about reaching the store, and about what is not there;
+/// damage is in the report. Of [`PointSpec::Latest`] the newest point that can be read is checked, a fuzzy one only if
+/// there is no other.
+pub async fn verify_group(
     scrub: &Scrub,
     spec: PointSpec,
     begin: impl FnOnce(LogSeq, u64) -> backhaul_cli::Phase,
-) -> Result<PointReport, FetchError> {
-    let (record, point) = scrub.log.find(spec).await?;
+) -> Result<GroupReport, FetchError> {
+    let history = scrub.log.history().await?;
+    let of = |e: &ReadError| Damage::of_object(Some(&scrub.group), scrub.log.object_of(e), e);
+    let mut report = GroupReport { point: None, damaged: history.damage().map(of).collect() };
+    let spec = match spec {
+        PointSpec::Latest => match history.newest_readable() {
+            Some(seq) => PointSpec::Number(seq),
+            None => return Ok(report),
+        },
+        other => other,
+    };
+    let (record, point) = match scrub.log.find(spec).await {
+        Ok(found) => found,
+        // What is wrong was found in the log.
+        Err(e) if e.is_damage() && !report.damaged.is_empty() => return Ok(report),
+        Err(e) => return Err(e.into()),
+    };
     let volumes: Vec<&PointVolume> = match &scrub.volume {
         Some(name) => {
             let none = || ReadError::NotFound(format!("no volume \"{name}\" in point {}", record.seq));
@@ -123,15 +159,38 @@ pub async fn verify_point(
         None => point.volumes.iter().collect(),
     };
     let phase = begin(record.seq, volumes.iter().map(|v| v.geometry.length()).sum());
-    let mut lost = check_chain(&scrub.log, &record).await?;
-    let OpenedView { view, holes, mended } = open_view(&scrub.log, &point).await?;
-    lost.extend(mended);
+    // The chain since the last checkpoint is checked; a point from before it has its neighbours looked at.
+    let mut lost = check_neighbours(&scrub.log, &record, &report.damaged).await?;
     let mut reports = Vec::new();
+    lost.extend(check_volumes(scrub, (&record, &point), volumes, &phase, &mut reports).await?);
+    phase.finish();
+    join_neighbours(&mut lost);
+    let damage = |lost| Damage { group: Some(scrub.group.to_string()), point: Some(record.seq.0), lost };
+    report.damaged.extend(lost.into_iter().map(damage));
+    report.point = Some(PointReport {
+        group: scrub.group.to_string(),
+        point: record.seq.0,
+        time: text::time(record.time),
+        consistency: point.consistency.to_string(),
+        bytes_verified: reports.iter().map(|v| v.bytes_verified).sum(),
+        volumes: reports,
+    });
+    Ok(report)
+}
+
+async fn check_volumes(
+    scrub: &Scrub,
+    (record, point): (&Record, &PointBody),
+    volumes: Vec<&PointVolume>,
+    phase: &backhaul_cli::Phase,
+    reports: &mut Vec<VolumeReport>,
+) -> Result<Vec<Lost>, FetchError> {
+    let OpenedView { view, holes, mended: mut lost } = open_view(&scrub.log, point).await?;
     for stated in volumes {
         let Some(own) = view.volume(stated.slot) else { continue };
         lost.extend(behind_holes(&view, own, &stated.name, &holes).await?);
         let mut pass = Pass::new(scrub, stated, own, &view);
-        pass.run(&phase).await?;
+        pass.run(phase).await?;
         let sum = VolumeDigester::of(stated.geometry, &pass.ranges);
         let matches = sum == stated.digest;
         if !matches && holes.is_empty() && pass.lost.is_empty() {
@@ -142,49 +201,32 @@ pub async fn verify_point(
         reports.push(pass.report(matches));
         lost.append(&mut pass.lost);
     }
-    phase.finish();
-    join_neighbours(&mut lost);
-    let damage = |lost| Damage { group: scrub.group.to_string(), point: record.seq.0, lost };
-    Ok(PointReport {
-        group: scrub.group.to_string(),
-        point: record.seq.0,
-        time: text::time(record.time),
-        consistency: point.consistency.to_string(),
-        bytes_verified: reports.iter().map(|v| v.bytes_verified).sum(),
-        volumes: reports,
-        damaged: lost.into_iter().map(damage).collect(),
-    })
-}
-
-/// The log must hang together.
-async fn check_chain(log: &GroupLog, record: &Record) -> Result<Vec<Lost>, ReadError> {
-    let mut lost = Vec::new();
-    // The whole chain since the last checkpoint; a point from before it has its neighbours looked at.
-    match log.points().await {
-        Err(ReadError::Log { seq, what }) => {
-            lost.push(Lost { object: log.keys().log(seq).to_string(), ..whole_group(what.into()) });
+    if scrub.share.is_whole() {
+        for error in check_objects(&scrub.log, point, &view).await? {
+            let object = scrub.log.object_of(&error);
+            if !lost.iter().any(|l| l.object == object) {
+                let cause = format!("{error}; no block that was looked at is lost by it");
+                lost.push(Lost::object(object, cause));
+            }
         }
-        Err(e) if e.is_damage() => lost.push(Lost { object: object_of(&e), ..whole_group(e.to_string()) }),
-        Err(e) => return Err(e),
-        Ok(_) => check_neighbours(log, record, &mut lost).await?,
     }
     Ok(lost)
 }
 
-fn whole_group(cause: String) -> Lost {
-    Lost { volume: String::new(), start: 0, end: 0, object: String::new(), cause }
-}
-
-async fn check_neighbours(log: &GroupLog, record: &Record, lost: &mut Vec<Lost>) -> Result<(), ReadError> {
+async fn check_neighbours(log: &GroupLog, record: &Record, known: &[Damage]) -> Result<Vec<Lost>, ReadError> {
+    let mut lost = Vec::new();
     let mut broken = |seq: LogSeq, cause: String| {
-        lost.push(Lost { object: log.keys().log(seq).to_string(), ..whole_group(cause) });
+        let object = log.keys().log(seq).to_string();
+        if !known.iter().any(|d| d.lost.object == object) {
+            lost.push(Lost::object(object, cause));
+        }
     };
     let own = log.read(record.seq).await?.map(|(_, hash)| hash);
     if let Some(before) = record.seq.0.checked_sub(1).map(LogSeq) {
         match log.read(before).await {
             Ok(Some((_, hash))) if hash == record.previous => {}
             Ok(Some(_)) => broken(record.seq, format!("it does not continue record {before}")),
-            Ok(None) if before < log.floor().await? => {}
+            Ok(None) if log.floor().await.is_ok_and(|floor| before < floor) => {}
             Ok(None) => broken(before, "it is missing".into()),
             Err(e) if e.is_damage() => broken(before, e.to_string()),
             Err(e) => return Err(e),
@@ -197,7 +239,7 @@ async fn check_neighbours(log: &GroupLog, record: &Record, lost: &mut Vec<Lost>)
         Err(e) if e.is_damage() => broken(record.seq.next(), e.to_string()),
         Err(e) => return Err(e),
     }
-    Ok(())
+    Ok(lost)
 }
 
 /// One volume on its way through.
@@ -314,7 +356,7 @@ impl Sampler {
     }
 
     fn takes_all(&self) -> bool {
-        self.share.0 == WHOLE
+        self.share.is_whole()
     }
 
     fn next(&mut self) -> bool {

@@ -1,6 +1,7 @@
 //! End to end: the real programs, real QUIC on loopback, real files and devices.
 
 mod bad_input;
+mod damage;
 mod devices;
 mod hostile;
 mod identity;

@@ -10,7 +10,7 @@ pub mod token;
 pub mod verify;
 
 use anyhow::Context as _;
-use backhaul_cli::{Exit, Failure, Meaning};
+use backhaul_cli::{Exit, Failure, Meaning, Output};
 use backhaul_volume::durable::LockError;
 
 use crate::access::AccessError;
@@ -43,11 +43,23 @@ impl Context {
         Ok(Catalog::open(store).await?)
     }
 
+    /// Opens the store for reading only: damage of its description is said and handed back, and no reason to stop.
+    pub async fn catalog_to_read(&self, out: &Output) -> anyhow::Result<(Catalog, Option<ReadError>)> {
+        let store = store::open(self.store_url()?, &StoreSettings::default()).await?;
+        let (catalog, damage) = Catalog::open_to_read(store).await?;
+        if let Some(damage) = &damage {
+            out.warn(&format!("the description of the store is damaged, and is not needed to read: {damage}"));
+        }
+        Ok((catalog, damage))
+    }
+
     /// The authority of this receiver.
     pub fn authority(&self) -> anyhow::Result<backhaul_transport::authority::Authority> {
         keys::load(&self.config.state).context("this needs the receiver's state folder")
     }
 }
+
+const ASK_VERIFY: &str = "backhaul-receiver verify tells everything that is damaged, and which bytes of which volume";
 
 /// What the receiver's own errors mean to the shell.
 pub fn meaning(cause: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
@@ -55,11 +67,9 @@ pub fn meaning(cause: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
         return match error {
             ReadError::Store(e) => Some(of_store(e)),
             ReadError::NotFound(_) => Some((Exit::NotFound, "E_NOTFOUND", None)),
-            ReadError::Damaged { .. } | ReadError::Record { .. } | ReadError::Log { .. } => Some((
-                Exit::Differ,
-                "E_DAMAGED",
-                Some("backhaul-receiver verify --store URL tells what else is damaged".into()),
-            )),
+            ReadError::Damaged { .. } | ReadError::Record { .. } | ReadError::Log { .. } | ReadError::Point { .. } => {
+                Some((Exit::Differ, "E_DAMAGED", Some(ASK_VERIFY.into())))
+            }
         };
     }
     if let Some(error) = cause.downcast_ref::<AccessError>() {
@@ -88,8 +98,7 @@ pub fn meaning(cause: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
 
 fn of_store(error: &StoreError) -> Meaning {
     let exit = match error.kind() {
-        Kind::NotFound => return (Exit::Differ, "E_DAMAGED", None),
-        Kind::Corrupt => return (Exit::Differ, "E_DAMAGED", None),
+        Kind::NotFound | Kind::Corrupt => return (Exit::Differ, "E_DAMAGED", Some(ASK_VERIFY.into())),
         Kind::Exists => Exit::Busy,
         Kind::Permission => Exit::Authentication,
         Kind::NoSpace => return (Exit::NoSpace, "E_NOSPACE", None),

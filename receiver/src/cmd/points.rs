@@ -9,6 +9,9 @@ use serde::Serialize;
 
 use super::Context;
 use crate::catalog::{Catalog, GroupLog};
+use crate::history::History;
+use crate::read_error::ReadError;
+use crate::salvage::object_of;
 
 /// Objects that are counted for the store's size; more would make a list of points slow.
 const MAX_COUNTED: usize = 20_000;
@@ -43,20 +46,44 @@ struct Points {
     pruned: bool,
     stored_bytes: u64,
     stored_bytes_complete: bool,
+    damaged: Vec<Unreadable>,
 }
 
-/// Runs the command.
+/// An object for which something may be missing from the list.
+#[derive(Serialize)]
+struct Unreadable {
+    group: Option<String>,
+    /// Number of the log record, which may have been a point.
+    record: Option<u64>,
+    object: String,
+    cause: String,
+}
+
+impl Unreadable {
+    fn of_store(error: &ReadError) -> Self {
+        Self { group: None, record: None, object: object_of(error), cause: error.to_string() }
+    }
+}
+
+/// Runs the command. What is damaged is listed too, and makes the exit code [`Exit::Differ`].
 pub async fn run(args: PointsArgs, ctx: &Context, out: Output) -> anyhow::Result<Exit> {
-    let catalog = ctx.catalog().await?;
+    let (catalog, format) = ctx.catalog_to_read(&out).await?;
+    let mut damaged: Vec<Unreadable> = format.iter().map(Unreadable::of_store).collect();
     let groups: Vec<(Name, GroupLog)> = match &args.group {
         Some(name) => vec![(name.clone(), catalog.expect_group(name).await?)],
-        None => catalog.groups().await?.into_iter().map(|(n, g)| (n, catalog.log(g))).collect(),
+        None => {
+            let located = catalog.locate().await?;
+            damaged.extend(located.damaged.iter().map(Unreadable::of_store));
+            located.groups
+        }
     };
     let mut points = Vec::new();
     let mut lines = Vec::new();
     let (mut stored, mut complete) = (0, true);
     for (name, log) in groups {
-        for summary in log.points().await? {
+        let history = log.history().await?;
+        damaged.extend(unreadable(&name, &log, &history));
+        for summary in history.points {
             lines.push(line(&name, &summary));
             points.push(point(&name, summary));
         }
@@ -67,11 +94,31 @@ pub async fn run(args: PointsArgs, ctx: &Context, out: Output) -> anyhow::Result
     if lines.is_empty() {
         lines.push("no points yet".into());
     }
+    if !damaged.is_empty() {
+        lines.push("DAMAGED; `backhaul-receiver verify` tells more:".into());
+        lines.extend(damaged.iter().map(|d| match (&d.group, d.record) {
+            (Some(group), Some(record)) => format!("  {group}@{record}  can't be read: {} ({})", d.object, d.cause),
+            _ => format!("  {} ({})", d.object, d.cause),
+        }));
+    }
     let least = if complete { "" } else { "more than " };
     lines.push(format!("{least}{} stored; nothing is pruned", text::bytes(stored)));
-    let result = Points { points, pruned: false, stored_bytes: stored, stored_bytes_complete: complete };
+    let exit = if damaged.is_empty() { Exit::Done } else { Exit::Differ };
+    let result = Points { points, pruned: false, stored_bytes: stored, stored_bytes_complete: complete, damaged };
     out.result("backhaul.points/1", &result, &lines.join("\n"));
-    Ok(Exit::Done)
+    Ok(exit)
+}
+
+/// Checkpoints and hints are left to `verify`: no point is missing for their sake.
+fn unreadable(name: &Name, log: &GroupLog, history: &History) -> Vec<Unreadable> {
+    let of = |record: Option<u64>, e: &ReadError| Unreadable {
+        group: Some(name.to_string()),
+        record,
+        object: log.object_of(e),
+        cause: e.to_string(),
+    };
+    let records = history.unreadable.iter().map(|(seq, e)| of(Some(seq.0), e));
+    records.chain(history.broken.iter().map(|e| of(None, e))).collect()
 }
 
 fn line(group: &Name, p: &PointSummary) -> String {

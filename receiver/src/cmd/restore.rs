@@ -12,6 +12,7 @@ use clap::{Args, ValueEnum};
 use super::Context;
 use crate::dry_run::dry_run;
 use crate::fetch::FetchError;
+use crate::read_error::ReadError;
 use crate::restore::{Outcome, Prepared, Request};
 use crate::restore_error::RestoreError;
 use crate::salvage::{Lost, OnDamage};
@@ -77,6 +78,7 @@ pub fn parse_what(text: &str) -> Result<What, String> {
 /// Runs the command.
 pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Result<Exit> {
     refuse_own_store(ctx.store_url()?, &args.to)?;
+    let older = OlderPoint::of(&args, ctx.store_url()?);
     let mut request = Request {
         group: args.what.group,
         volume: args.what.volume,
@@ -90,7 +92,7 @@ pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Resul
         },
         on_damage: if args.salvage { OnDamage::Salvage } else { OnDamage::Fail },
     };
-    let catalog = ctx.catalog().await?;
+    let (catalog, _) = ctx.catalog_to_read(&out).await?;
     let (prepared, mut progress) = loop {
         let mut progress = out.progress(if args.dry_run { 2 } else { 4 });
         match Prepared::new(catalog.clone(), request.clone(), &mut progress).await {
@@ -99,7 +101,7 @@ pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Resul
                 Some(typed) => request.confirm.push(typed),
                 None => return Err(refused.into()),
             },
-            Err(e) => return Err(failure(e)),
+            Err(e) => return Err(older.failure(e)),
         }
     };
     if prepared.consistency == Consistency::Fuzzy {
@@ -152,18 +154,49 @@ fn refuse_own_store(store: &StoreUrl, targets: &[String]) -> Result<(), Failure>
     Ok(())
 }
 
+/// What to type to restore an older point, up to its number.
+struct OlderPoint {
+    before: String,
+    after: String,
+}
+
+impl OlderPoint {
+    fn of(args: &RestoreArgs, store: &StoreUrl) -> Self {
+        let volume = args.what.volume.as_ref().map_or(String::new(), |v| format!("/{v}"));
+        let before = format!("backhaul-receiver restore --store '{store}' {}{volume}", args.what.group);
+        Self { before, after: format!(" --to {}", args.to.join(" ")) }
+    }
+
+    fn failure(&self, error: RestoreError) -> anyhow::Error {
+        match &error {
+            RestoreError::Read(ReadError::Point { older, .. }) => {
+                let next = match older {
+                    Some(seq) => format!("{}@{seq}{}", self.before, self.after),
+                    None => "backhaul-receiver verify tells everything that is damaged".into(),
+                };
+                Failure::new(Exit::Differ, "E_DAMAGED", error.to_string()).next(next).into()
+            }
+            _ => failure(error),
+        }
+    }
+}
+
+const SALVAGE: &str = "add --salvage to restore everything else, or restore an earlier point: `points` lists them; \
+                       `verify` tells which bytes of which volume are damaged";
+
 /// The error with the exit code that is true of it.
 pub(super) fn failure(error: RestoreError) -> anyhow::Error {
     let text = error.to_string();
     match error {
+        RestoreError::Read(e) | RestoreError::Fetch(FetchError::Read(e)) if e.is_damage() => {
+            Failure::new(Exit::Differ, "E_DAMAGED", text).next(SALVAGE).into()
+        }
         // Unwrapped, so that what they mean is found by their type.
         RestoreError::Read(e) | RestoreError::Fetch(FetchError::Read(e)) => e.into(),
         RestoreError::Target(e) | RestoreError::Fetch(FetchError::Target(e)) => e.into(),
         RestoreError::Fetch(e) => e.into(),
         RestoreError::Request(_) => Failure::new(Exit::Usage, "E_USAGE", text).into(),
-        RestoreError::Damaged(_) => Failure::new(Exit::Differ, "E_DAMAGED", text)
-            .next("add --salvage to restore everything else, or restore an earlier point: `points` lists them")
-            .into(),
+        RestoreError::Damaged(_) => Failure::new(Exit::Differ, "E_DAMAGED", text).next(SALVAGE).into(),
         RestoreError::Differs { .. } => Failure::new(Exit::Differ, "E_DIFFER", text)
             .next("run the restore again; if it differs again, do not trust the target's disk")
             .into(),

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use backhaul_cli::{Exit, Output, text};
-use backhaul_protocol::ids::Name;
 use backhaul_protocol::wire::message::PointSpec;
 use clap::Args;
 use serde::Serialize;
@@ -12,9 +11,11 @@ use tokio::sync::Semaphore;
 use super::Context;
 use super::restore::{MAX_LINES, What, failure, lost_line, parse_what};
 use crate::counting::Counting;
+use crate::read_error::ReadError;
 use crate::restore::parallelism;
 use crate::restore_error::RestoreError;
-use crate::scrub::{Damage, PointReport, Scrub, Share, verify_point};
+use crate::salvage::object_of;
+use crate::scrub::{Damage, PointReport, Scrub, Share, verify_group};
 
 /// Options of `verify`.
 #[derive(Args, Clone, Debug)]
@@ -37,28 +38,43 @@ struct Verified {
 
 /// Runs the command.
 pub async fn run(args: VerifyArgs, ctx: &Context, out: Output) -> anyhow::Result<Exit> {
-    let (counting, catalog) = Counting::catalog(ctx.catalog().await?);
-    let (volume, point, groups): (_, _, Vec<Name>) = match args.what {
-        Some(what) => (what.volume, what.point, vec![what.group]),
-        None => (None, PointSpec::Latest, catalog.groups().await?.into_iter().map(|(name, _)| name).collect()),
+    let (catalog, format) = ctx.catalog_to_read(&out).await?;
+    let (counting, catalog) = Counting::catalog(catalog);
+    let mut result = Verified { points: Vec::new(), bytes_verified: 0, bytes_read: 0, damaged: Vec::new() };
+    let of_store = |e: &ReadError| Damage::of_object(None, object_of(e), e);
+    result.damaged.extend(format.iter().map(of_store));
+    let named = args.what.is_some();
+    let (volume, point, groups) = match args.what {
+        Some(what) => {
+            let name = catalog.group(&what.group).await.err().filter(ReadError::is_damage);
+            result.damaged.extend(name.iter().map(of_store));
+            let log = catalog.expect_group(&what.group).await?;
+            (what.volume, what.point, vec![(what.group, log)])
+        }
+        None => {
+            let located = catalog.locate().await?;
+            result.damaged.extend(located.damaged.iter().map(of_store));
+            (None, PointSpec::Latest, located.groups)
+        }
     };
     let mut progress = out.progress(groups.len());
     let threads = Arc::new(Semaphore::new(parallelism()));
-    let mut result = Verified { points: Vec::new(), bytes_verified: 0, bytes_read: 0, damaged: Vec::new() };
-    let named = groups.len() == 1 && volume.is_some() || point != PointSpec::Latest;
-    for group in groups {
-        let log = catalog.expect_group(&group).await?;
-        if !named && log.points().await?.is_empty() {
-            out.warn(&format!("group {group} has no points yet"));
-            continue;
-        }
+    for (group, log) in groups {
         let (share, volume, threads) = (args.read_data, volume.clone(), threads.clone());
         let scrub = Scrub { group: group.clone(), log, volume, share, threads };
         let begin = |seq, total| progress.phase(&format!("{group}@{seq}"), total);
-        let mut report = verify_point(&scrub, point, begin).await.map_err(|e| failure(RestoreError::Fetch(e)))?;
-        result.bytes_verified += report.bytes_verified;
+        let mut report = verify_group(&scrub, point, begin).await.map_err(|e| failure(RestoreError::Fetch(e)))?;
         result.damaged.append(&mut report.damaged);
-        result.points.push(report);
+        match report.point {
+            Some(point) => {
+                result.bytes_verified += point.bytes_verified;
+                result.points.push(point);
+            }
+            None if named && result.damaged.is_empty() => {
+                return Err(ReadError::NotFound(format!("group {group} has no points yet")).into());
+            }
+            None => out.warn(&format!("group {group} has no point that can be read")),
+        }
     }
     result.bytes_read = counting.bytes_read();
     out.result("backhaul.verify/1", &result, &describe(&result));
@@ -82,17 +98,25 @@ fn describe(v: &Verified) -> String {
         }
     }
     if v.points.is_empty() {
-        lines.push("no points yet".into());
-    } else if v.damaged.is_empty() {
+        lines.push("no point was looked at".into());
+    }
+    if v.damaged.is_empty() {
         lines.push("nothing is damaged".into());
     } else {
         lines.push(format!("DAMAGED in {} places:", v.damaged.len()));
-        lines.extend(
-            v.damaged.iter().take(MAX_LINES).map(|d| format!("  {}@{}{}", d.group, d.point, lost_line(&d.lost))),
-        );
+        lines.extend(v.damaged.iter().take(MAX_LINES).map(damage_line));
         if v.damaged.len() > MAX_LINES {
             lines.push(format!("  and {} more: --json lists all", v.damaged.len() - MAX_LINES));
         }
     }
     lines.join("\n")
+}
+
+fn damage_line(d: &Damage) -> String {
+    let whose = match (&d.group, d.point) {
+        (Some(group), Some(point)) => format!("{group}@{point}"),
+        (Some(group), None) => format!("log of {group}"),
+        (None, _) => "store".into(),
+    };
+    format!("  {whose}{}", lost_line(&d.lost))
 }

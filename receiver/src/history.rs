@@ -1,0 +1,261 @@
+//! Which points a group has, and what of its log can't be read: damage of one record costs that point and no other.
+//!
+//! Read first: [`History`], then [`GroupLog::find`]. Nothing here ever takes an older point for the latest: where the
+//! record that may be the wanted one can't be read, that is an error that names the next older point.
+
+use backhaul_protocol::consistency::Consistency;
+use backhaul_protocol::ids::LogSeq;
+use backhaul_protocol::limits::CHECKPOINT_INTERVAL;
+use backhaul_protocol::store::checkpoint::{Checkpoint, PointSummary};
+use backhaul_protocol::store::key::ObjectKey;
+use backhaul_protocol::store::log::{PointBody, Record, UnixMillis};
+use backhaul_protocol::wire::message::PointSpec;
+use tokio::task::JoinSet;
+
+use crate::catalog::{GroupLog, get_optional};
+use crate::read_error::ReadError;
+
+/// Longest checkpoint that is read: over 500,000 points of one volume.
+const MAX_CHECKPOINT: usize = 64 << 20;
+/// Log records that are read at once.
+const READ_AHEAD: usize = 16;
+/// Records that are looked at one by one for the latest point, before the whole log is read. Arbitrary.
+const LOOK_BACK: u64 = 8;
+
+/// What a group's log tells, as far as it can be read.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    /// All points that can be read, ascending.
+    pub points: Vec<PointSummary>,
+    /// Records that can't be read, ascending: each may have been a point.
+    pub unreadable: Vec<(LogSeq, ReadError)>,
+    /// Records that can be read and do not continue the one before.
+    pub broken: Vec<ReadError>,
+    /// Checkpoints and hints: no point is lost with them.
+    pub aside: Vec<ReadError>,
+}
+
+impl History {
+    /// Everything that is damaged.
+    pub fn damage(&self) -> impl Iterator<Item = &ReadError> {
+        self.unreadable.iter().map(|(_, e)| e).chain(&self.broken).chain(&self.aside)
+    }
+
+    /// The newest point that can be read, a fuzzy one only if there is no other.
+    pub fn newest_readable(&self) -> Option<LogSeq> {
+        self.older(LogSeq(u64::MAX)).or_else(|| self.points.last().map(|p| p.seq))
+    }
+
+    /// The newest point below `seq` that can be restored without being asked for by its number.
+    fn older(&self, seq: LogSeq) -> Option<LogSeq> {
+        self.points.iter().rev().find(|p| p.seq < seq && is_default(p.consistency)).map(|p| p.seq)
+    }
+
+    /// The newest point up to `time` that is not fuzzy. That there is none is `Ok(None)`, that it can't be told an
+    /// error.
+    fn latest(&self, time: Option<UnixMillis>) -> Result<Option<LogSeq>, ReadError> {
+        let in_time = |p: &PointSummary| time.is_none_or(|time| p.time <= time);
+        let found = self.points.iter().rev().find(|p| in_time(p) && is_default(p.consistency)).map(|p| p.seq);
+        // What can't be read may be the one, unless it comes after a point that is too late.
+        let too_late = |seq: LogSeq| self.points.iter().any(|p| Some(p.seq) > found && p.seq < seq && !in_time(p));
+        let Some((seq, cause)) = self.unreadable.iter().rev().find(|(n, _)| Some(*n) > found && !too_late(*n)) else {
+            return Ok(found);
+        };
+        let which = if time.is_some() { "the one of that time" } else { "the latest" };
+        let what = format!("so it is not known which point is {which}");
+        Err(ReadError::Point { cause: Box::new(cause.clone()), what, older: self.older(*seq) })
+    }
+}
+
+impl GroupLog {
+    /// All points, ascending; an error where a record can't be read or does not continue the one before.
+    pub async fn points(&self) -> Result<Vec<PointSummary>, ReadError> {
+        let history = self.history().await?;
+        let first = history.unreadable.into_iter().map(|(_, e)| e).chain(history.broken).next();
+        first.map_or(Ok(history.points), Err)
+    }
+
+    /// Reads the newest checkpoint and the records after it, and checks their chain. Errors are about reaching the
+    /// store; damage is in the result.
+    pub async fn history(&self) -> Result<History, ReadError> {
+        let mut history = History::default();
+        let Some(newest) = self.extent(&mut history).await? else { return Ok(history) };
+        let (mut previous, from) = self.checkpoint(newest, &mut history).await?;
+        for start in (from..=newest.0).step_by(READ_AHEAD) {
+            let mut reads = JoinSet::new();
+            for seq in (start..=(start + READ_AHEAD as u64 - 1).min(newest.0)).map(LogSeq) {
+                let log = self.clone();
+                reads.spawn(async move { (seq, log.read(seq).await) });
+            }
+            let mut records = reads.join_all().await;
+            records.sort_by_key(|(seq, _)| *seq);
+            for (seq, record) in records {
+                let missing = ReadError::Log { seq, what: "it is missing" };
+                match record.and_then(|found| found.ok_or(missing)) {
+                    Ok((record, hash)) => {
+                        if previous.is_some_and(|p| p != record.previous) {
+                            history.broken.push(ReadError::Log { seq, what: "it does not continue the record before" });
+                        }
+                        previous = Some(hash);
+                        history.points.extend(PointSummary::of(&record));
+                    }
+                    Err(e) if e.is_damage() => {
+                        previous = None;
+                        history.unreadable.push((seq, e));
+                    }
+                    Err(e) => return Err(e),
+                }
+            }
+        }
+        Ok(history)
+    }
+
+    /// The newest number there is or was; `None` if there is no record at all.
+    async fn extent(&self, history: &mut History) -> Result<Option<LogSeq>, ReadError> {
+        let hint = match self.hint().await {
+            Ok(hint) => hint.unwrap_or_default(),
+            Err(e) if e.is_damage() => {
+                history.aside.push(e);
+                LogSeq(0)
+            }
+            Err(e) => return Err(e),
+        };
+        let newest = match self.newest_from(hint).await {
+            Ok(newest) => newest,
+            Err(e) if e.is_damage() => {
+                if let Err(e) = self.floor().await {
+                    history.aside.push(e);
+                }
+                match self.last_listed().await? {
+                    Some(last) => last,
+                    None => {
+                        history.unreadable.push((LogSeq(0), e));
+                        return Ok(None);
+                    }
+                }
+            }
+            Err(e) => return Err(e),
+        };
+        Ok(Some(newest.max(hint)))
+    }
+
+    /// The highest number among the keys. For logs with gaps: a list costs a request for 1000 records.
+    async fn last_listed(&self) -> Result<Option<LogSeq>, ReadError> {
+        let prefix = self.prefix();
+        let mut last: Option<ObjectKey> = None;
+        loop {
+            let page = self.store().list(&prefix, last.as_ref(), 1000).await?;
+            let whole = page.len() == 1000;
+            last = page.into_iter().next_back().map(|(key, _)| key).or(last);
+            if !whole {
+                return Ok(last.and_then(|key| key.as_str()[prefix.len()..].parse().ok()).map(LogSeq));
+            }
+        }
+    }
+
+    /// Points, hash and number of the newest checkpoint that can be read: where to go on reading.
+    async fn checkpoint(
+        &self,
+        newest: LogSeq,
+        history: &mut History,
+    ) -> Result<(Option<backhaul_protocol::digest::ObjectDigest>, u64), ReadError> {
+        let mut at = newest.0 / CHECKPOINT_INTERVAL * CHECKPOINT_INTERVAL;
+        while at > 0 {
+            let key = self.keys().checkpoint(LogSeq(at));
+            if let Some(bytes) = get_optional(&**self.store(), &key, MAX_CHECKPOINT).await? {
+                match Checkpoint::parse(self.group(), LogSeq(at), &bytes) {
+                    Ok(checkpoint) => {
+                        history.points = checkpoint.points;
+                        return Ok((Some(checkpoint.hash), at + 1));
+                    }
+                    Err(cause) => history.aside.push(ReadError::Damaged { key, cause }),
+                }
+            }
+            at -= CHECKPOINT_INTERVAL;
+        }
+        Ok((None, 0))
+    }
+
+    /// The point that is meant, and its record.
+    pub async fn find(&self, spec: PointSpec) -> Result<(Record, PointBody), ReadError> {
+        let seq = match spec {
+            PointSpec::Number(seq) => Some(seq),
+            PointSpec::Latest => self.latest().await?,
+            PointSpec::Time(time) => self.history().await?.latest(Some(time))?,
+        };
+        let none = || ReadError::NotFound("no such point; `points` lists those that there are".into());
+        let Some(seq) = seq else {
+            let text =
+                "no point that is not fuzzy; name one by its number to take it all the same: `points` lists them";
+            return Err(ReadError::NotFound(text.into()));
+        };
+        match self.read(seq).await {
+            Ok(Some((record, _))) => {
+                let point = record.point().cloned().ok_or_else(none)?;
+                Ok((record, point))
+            }
+            Ok(None) => self.missing(seq).await.and_then(|()| Err(none())),
+            Err(e) if e.is_damage() => Err(self.unreadable(seq, e).await?),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Whether a number that is not there should be: an error if so.
+    async fn missing(&self, seq: LogSeq) -> Result<(), ReadError> {
+        let history = self.history().await?;
+        match history.unreadable.iter().find(|(n, _)| *n == seq) {
+            Some((_, e)) => Err(self.unreadable(seq, e.clone()).await?),
+            None => Ok(()),
+        }
+    }
+
+    async fn unreadable(&self, seq: LogSeq, cause: ReadError) -> Result<ReadError, ReadError> {
+        let older = self.history().await?.older(seq);
+        Ok(ReadError::Point { cause: Box::new(cause), what: format!("so point {seq} can't be had"), older })
+    }
+
+    /// The newest point that is not fuzzy: usually the newest record, so the log is read backwards, and the list of
+    /// all points only when many are fuzzy or something is damaged.
+    async fn latest(&self) -> Result<Option<LogSeq>, ReadError> {
+        match self.look_back().await {
+            Ok(Some(found)) => Ok(Some(found)),
+            Ok(None) => self.history().await?.latest(None),
+            Err(e) if e.is_damage() => self.history().await?.latest(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    async fn look_back(&self) -> Result<Option<LogSeq>, ReadError> {
+        let hint = self.hint().await?.unwrap_or_default();
+        let newest = self.newest_from(hint).await?;
+        if newest < hint {
+            return Err(ReadError::Log { seq: hint, what: "it is missing" });
+        }
+        for back in 0..LOOK_BACK.min(newest.0 + 1) {
+            let seq = LogSeq(newest.0 - back);
+            let missing = ReadError::Log { seq, what: "it is missing" };
+            let (record, _) = self.read(seq).await?.ok_or(missing)?;
+            if record.point().is_some_and(|p| is_default(p.consistency)) {
+                return Ok(Some(seq));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Key of the object that an error is about.
+    pub fn object_of(&self, error: &ReadError) -> String {
+        match error {
+            ReadError::Log { seq, .. } => self.keys().log(*seq).to_string(),
+            ReadError::Point { cause, .. } => self.object_of(cause),
+            other => crate::salvage::object_of(other),
+        }
+    }
+}
+
+fn is_default(consistency: Consistency) -> bool {
+    consistency != Consistency::Fuzzy
+}
+
+#[cfg(test)]
+#[path = "history_tests.rs"]
+mod tests;

@@ -1,0 +1,126 @@
+//! One damaged record costs its point and no other, and never makes an older point the latest.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::*;
+use crate::store::ObjectStore;
+use crate::store::mem::MemStore;
+use crate::testing::{TestGroup, noise};
+
+async fn group(points: u8) -> (Arc<MemStore>, TestGroup) {
+    let store = Arc::new(MemStore::new());
+    let mut group = TestGroup::new(store.clone(), 1 << 20).await;
+    let mut bytes = noise(64 << 10, 1);
+    for point in 0..points {
+        bytes[usize::from(point)] ^= 0xff;
+        group.commit(&[("disk", 16384, &bytes)]).await;
+    }
+    (store, group)
+}
+
+fn flip(store: &MemStore, key: &ObjectKey) {
+    let mut bytes = store.objects()[key].to_vec();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    store.tamper(key, Some(Bytes::from(bytes)));
+}
+
+async fn log(group: &TestGroup) -> GroupLog {
+    group.catalog.expect_group(&group.name).await.expect("a group")
+}
+
+fn numbers(history: &History) -> Vec<u64> {
+    history.points.iter().map(|p| p.seq.0).collect()
+}
+
+async fn older_than(log: &GroupLog, spec: PointSpec) -> Option<LogSeq> {
+    match log.find(spec).await {
+        Err(ReadError::Point { older, .. }) => older,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn one_damaged_record_leaves_all_others() {
+    let (store, group) = group(4).await;
+    let log = log(&group).await;
+    flip(&store, &log.keys().log(LogSeq(2)));
+    let history = log.history().await.expect("the store works");
+    assert_eq!(numbers(&history), [1, 3, 4]);
+    assert_eq!(history.unreadable.len(), 1);
+    assert_eq!(log.object_of(&history.unreadable[0].1), log.keys().log(LogSeq(2)).as_str());
+    for seq in [1, 3, 4] {
+        log.find(PointSpec::Number(LogSeq(seq))).await.expect("undamaged");
+    }
+    assert_eq!(log.find(PointSpec::Latest).await.expect("undamaged").0.seq, LogSeq(4));
+    assert_eq!(older_than(&log, PointSpec::Number(LogSeq(2))).await, Some(LogSeq(1)));
+}
+
+#[tokio::test]
+async fn the_latest_is_never_an_older_one() {
+    let (store, group) = group(3).await;
+    let log = log(&group).await;
+    let newest = log.keys().log(LogSeq(3));
+    let whole = store.objects()[&newest].clone();
+    flip(&store, &newest);
+    assert_eq!(older_than(&log, PointSpec::Latest).await, Some(LogSeq(2)));
+    assert_eq!(older_than(&log, PointSpec::Time(UnixMillis(i64::MAX))).await, Some(LogSeq(2)));
+    // Gone without a trace but for the hint.
+    store.tamper(&newest, None);
+    log.write_hint(LogSeq(3)).await.expect("the store works");
+    assert_eq!(older_than(&log, PointSpec::Latest).await, Some(LogSeq(2)));
+    assert_eq!(numbers(&log.history().await.expect("the store works")), [1, 2]);
+    store.tamper(&newest, Some(whole));
+    assert_eq!(log.find(PointSpec::Latest).await.expect("mended").0.seq, LogSeq(3));
+}
+
+#[tokio::test]
+async fn a_gap_does_not_hide_what_comes_after() {
+    let (store, group) = group(5).await;
+    let log = log(&group).await;
+    store.tamper(&log.keys().log(LogSeq(3)), None);
+    for hint in [true, false] {
+        if !hint {
+            store.tamper(&log.keys().head(), None);
+        }
+        let history = log.history().await.expect("the store works");
+        assert_eq!(numbers(&history), [1, 2, 4, 5], "hint {hint}");
+        assert_eq!(history.unreadable[0].0, LogSeq(3));
+        assert_eq!(log.find(PointSpec::Latest).await.expect("the newest is whole").0.seq, LogSeq(5));
+    }
+    store.tamper(&log.keys().log(LogSeq(0)), None);
+    assert_eq!(numbers(&log.history().await.expect("the store works")), [1, 2, 4, 5]);
+}
+
+#[tokio::test]
+async fn a_damaged_hint_is_named_and_costs_nothing() {
+    let (store, group) = group(2).await;
+    let log = log(&group).await;
+    log.write_hint(LogSeq(2)).await.expect("the store works");
+    flip(&store, &log.keys().head());
+    let history = log.history().await.expect("the store works");
+    assert_eq!((numbers(&history), history.aside.len()), (vec![1, 2], 1));
+    assert_eq!(log.find(PointSpec::Latest).await.expect("whole").0.seq, LogSeq(2));
+}
+
+#[tokio::test]
+async fn a_group_whose_name_is_damaged_or_gone_is_found_by_its_log() {
+    let (store, group) = group(1).await;
+    let key = backhaul_protocol::store::key::group_name(&group.name);
+    let whole = store.objects()[&key].clone();
+    let own = log(&group).await.group();
+    for damaged in [None, Some(whole.slice(..whole.len() - 1))] {
+        store.tamper(&key, damaged);
+        assert_eq!(log(&group).await.group(), own);
+        let located = group.catalog.locate().await.expect("the store works");
+        assert_eq!((located.groups.len(), located.damaged.len()), (1, 1));
+    }
+    let format = backhaul_protocol::store::key::format();
+    for damaged in [None, Some(Bytes::from_static(b"x"))] {
+        store.tamper(&format, damaged);
+        let opened = crate::catalog::Catalog::open_to_read(store.clone() as Arc<dyn ObjectStore>).await;
+        assert!(opened.expect("it can be read").1.is_some());
+    }
+}
