@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 
 use crate::state::{Joined, StateDir, StateError};
 
-/// How long an answer of the receiver may take: longer than its store layer tries.
+/// How long an answer of the receiver may take. One that waits for its store says so meanwhile, which counts as one.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A connection attempt that is not answered for so long gets company: longer than a round trip on a bad path.
@@ -151,10 +151,13 @@ pub async fn greet(
 async fn renew(state: &StateDir, connected: &mut Connected) -> Result<(), SessionError> {
     let request = state.ensure_key()?.request()?;
     connected.sender.send(&AgentMessage::Renew { request }).await?;
-    match connected.receiver.receive().await? {
-        Some(ReceiverMessage::Renewed { certificates }) => Ok(state.write_chain(&certificates)?),
-        Some(ReceiverMessage::Refused(refusal)) => Err(SourceError::Refused(refusal).into()),
-        _ => Err(SourceError::Protocol("no answer to `Renew`").into()),
+    loop {
+        match connected.receiver.receive().await? {
+            Some(ReceiverMessage::Waiting(waiting)) => tracing::warn!("{waiting}"),
+            Some(ReceiverMessage::Renewed { certificates }) => return Ok(state.write_chain(&certificates)?),
+            Some(ReceiverMessage::Refused(refusal)) => return Err(SourceError::Refused(refusal).into()),
+            _ => return Err(SourceError::Protocol("no answer to `Renew`").into()),
+        }
     }
 }
 
@@ -181,6 +184,10 @@ impl Session {
         tokio::spawn(async move {
             loop {
                 let message = receiver.receive().await;
+                // Said here, whatever the session is busy with.
+                if let Ok(Some(ReceiverMessage::Waiting(waiting))) = &message {
+                    tracing::warn!("{waiting}");
+                }
                 let last = !matches!(message, Ok(Some(_)));
                 if forward.send(message).await.is_err() || last {
                     break;

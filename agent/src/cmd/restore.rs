@@ -2,7 +2,7 @@
 
 use backhaul_cli::{Exit, Failure, Output, confirm, text};
 use backhaul_protocol::ids::Name;
-use backhaul_protocol::wire::message::{CloseCode, PointSpec};
+use backhaul_protocol::wire::message::{CloseCode, PointSpec, Reason};
 use backhaul_volume::target::Durability;
 use clap::{Args, ValueEnum};
 
@@ -119,12 +119,18 @@ async fn attempt(
     Ok(())
 }
 
+const ON_THE_RECEIVER: &str =
+    "on the receiver: backhaul-receiver verify tells what is damaged, restore --salvage saves the rest";
+
 /// The error with the exit code that is true of it.
 fn failure(error: RestoreError) -> anyhow::Error {
     let text = error.to_string();
     match error {
         // Unwrapped, so that what they mean is found by their type.
         RestoreError::Transport(e) => e.into(),
+        RestoreError::Refused(e) if e.reason == Reason::Damaged => {
+            Failure::new(Exit::Differ, "E_DAMAGED", text).next(ON_THE_RECEIVER).into()
+        }
         RestoreError::Refused(e) => e.into(),
         RestoreError::Target(e) => e.into(),
         RestoreError::Protocol(_) | RestoreError::Stream(_) => Failure::new(Exit::Failure, "E_PROTO", text).into(),
@@ -132,9 +138,9 @@ fn failure(error: RestoreError) -> anyhow::Error {
         RestoreError::Request(_) => Failure::new(Exit::Usage, "E_USAGE", text).into(),
         RestoreError::NotFound(_) => Failure::new(Exit::NotFound, "E_NOTFOUND", text).into(),
         RestoreError::Setup(_) => Failure::new(Exit::Failure, "E_FAILURE", text).into(),
-        RestoreError::Record { .. } | RestoreError::Index { .. } => Failure::new(Exit::Differ, "E_DAMAGED", text)
-            .next("on the receiver: backhaul-receiver verify tells what is damaged, restore --salvage saves the rest")
-            .into(),
+        RestoreError::Record { .. } | RestoreError::Index { .. } => {
+            Failure::new(Exit::Differ, "E_DAMAGED", text).next(ON_THE_RECEIVER).into()
+        }
         RestoreError::Differs { .. } => Failure::new(Exit::Differ, "E_DIFFER", text)
             .next("run the restore again; if it differs again, do not trust the target's disk")
             .into(),

@@ -69,7 +69,7 @@ pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
                 session.close().await;
                 break report;
             }
-            Err(error) if error.is_retryable() && tried < TRIES => {
+            Err(error) if error.is_retryable() && !error.is_unavailable() && tried < TRIES => {
                 out.warn(&format!("{error}; trying again"));
                 tokio::time::sleep(Duration::from_millis(300 * tried as u64)).await;
             }

@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use super::RestoreError;
 use super::incoming::Incoming;
 
-/// How long the receiver may stay silent: longer than its store layer tries.
+/// How long the receiver may stay silent. One that waits for its store says so meanwhile.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Pages whose blocks are on their way; the receiver queues four more.
 const PAGES: usize = 8;
@@ -37,6 +37,8 @@ pub(super) struct Asking {
     pages: Arc<Semaphore>,
     /// Bytes of messages that came.
     pub(super) bytes: u64,
+    /// The receiver said that it waits for its store, since this was last looked at.
+    is_waiting: bool,
 }
 
 impl Asking {
@@ -47,6 +49,9 @@ impl Asking {
         reader.spawn(async move {
             loop {
                 let message = receiver.receive().await;
+                if let Ok(Some(ReceiverMessage::Waiting(waiting))) = &message {
+                    tracing::warn!("{waiting}");
+                }
                 let last = !matches!(message, Ok(Some(_)));
                 if forward.send(message).await.is_err() || last {
                     break;
@@ -54,7 +59,7 @@ impl Asking {
             }
         });
         let pages = Arc::new(Semaphore::new(PAGES));
-        Self { sender, inbox, _reader: reader, ready: VecDeque::new(), pages, bytes: 0 }
+        Self { sender, inbox, _reader: reader, ready: VecDeque::new(), pages, bytes: 0, is_waiting: false }
     }
 
     pub(super) async fn send(&mut self, message: &AgentMessage) -> Result<(), RestoreError> {
@@ -83,6 +88,7 @@ impl Asking {
             self.bytes += frame::encode(&message).map_or(0, |f| f.len() as u64);
             match (message, incoming) {
                 (ReceiverMessage::Refused(refusal), _) => return Err(refusal.into()),
+                (ReceiverMessage::Waiting(_), _) => self.is_waiting = true,
                 (ReceiverMessage::Sent { page, records, .. }, Some(incoming)) => {
                     if !incoming.sent(PageIndex(page), records) {
                         return Err(RestoreError::Protocol("another number of blocks than was asked for"));
@@ -94,7 +100,13 @@ impl Asking {
     }
 
     pub(super) async fn patiently(&mut self, incoming: Option<&Incoming>) -> Result<ReceiverMessage, RestoreError> {
-        tokio::time::timeout(PATIENCE, self.next(incoming)).await.map_err(|_| RestoreError::Silent(PATIENCE))?
+        loop {
+            match tokio::time::timeout(PATIENCE, self.next(incoming)).await {
+                Ok(result) => return result,
+                Err(_) if std::mem::take(&mut self.is_waiting) => {}
+                Err(_) => return Err(RestoreError::Silent(PATIENCE)),
+            }
+        }
     }
 
     pub(super) async fn open(&mut self, point: PointSpec) -> Result<ReadOpened, RestoreError> {
@@ -173,7 +185,8 @@ impl Asking {
                 }
                 () = tokio::time::sleep(PATIENCE) => {
                     let now = incoming.lock().bytes;
-                    if std::mem::replace(&mut seen, now) == now {
+                    let waiting = std::mem::take(&mut self.is_waiting);
+                    if std::mem::replace(&mut seen, now) == now && !waiting {
                         return Err(RestoreError::Silent(PATIENCE));
                     }
                 }

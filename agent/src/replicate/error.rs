@@ -39,6 +39,11 @@ pub enum RoundError {
 }
 
 impl RoundError {
+    /// Whether the receiver's store did not answer: the receiver has tried for minutes.
+    pub fn is_unavailable(&self) -> bool {
+        matches!(self, Self::Session(SessionError::Source(e)) if e.is_unavailable())
+    }
+
     /// Whether another round may help without anybody doing anything.
     pub fn is_retryable(&self) -> bool {
         match self {

@@ -124,6 +124,7 @@ pub fn of_reason(reason: Reason) -> (Exit, &'static str) {
         Reason::Store => (Exit::Failure, "E_STORE"),
         Reason::Volume => (Exit::Refused, "E_VOLUME"),
         Reason::Damaged => (Exit::Differ, "E_DAMAGED"),
+        Reason::Unavailable => (Exit::Network, "E_STORE"),
     }
 }
 

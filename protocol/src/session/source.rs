@@ -17,7 +17,7 @@ use crate::geometry::{Geometry, PageIndex};
 use crate::ids::{CommitId, VolumeSlot};
 use crate::limits::BLOCKS_PER_PAGE;
 use crate::session::compare::{BlockSet, Held};
-use crate::wire::message::{AgentMessage, Commit, Committed, Open, Opened, ReceiverMessage, Refusal};
+use crate::wire::message::{AgentMessage, Commit, Committed, Open, Opened, Reason, ReceiverMessage, Refusal};
 
 /// How the session fails.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -34,6 +34,11 @@ pub enum SourceError {
 }
 
 impl SourceError {
+    /// Whether the receiver's store did not answer, for as long as the receiver tries: it was waited for already.
+    pub fn is_unavailable(&self) -> bool {
+        matches!(self, Self::Refused(refusal) if refusal.reason == Reason::Unavailable)
+    }
+
     /// Whether connecting again may help without anybody doing anything.
     pub fn is_retryable(&self) -> bool {
         match self {
@@ -164,6 +169,9 @@ impl Source {
         match (message, &self.state) {
             (_, State::Closed) => {}
             (ReceiverMessage::Refused(refusal), _) => return Err(refusal.into()),
+            (ReceiverMessage::Waiting(_), _) => {
+                self.deadline = self.deadline.map(|_| now + self.patience);
+            }
             (ReceiverMessage::Opened(opened), State::Opening { offered }) => {
                 if opened.volumes.len() != offered.len() {
                     return Err(SourceError::Protocol("another number of volumes than offered"));
@@ -256,4 +264,36 @@ pub fn read_held(
         return Err(SourceError::Protocol("a wrong number of block digests"));
     }
     Ok(Held { digests, draft })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{LogSeq, StateId};
+    use crate::store::log::MachineId;
+    use crate::wire::message::Waiting;
+
+    #[test]
+    fn a_receiver_that_waits_for_its_store_is_waited_for() {
+        let second = Duration::from_secs;
+        let mut source = Source::new(second(10));
+        let waiting = || ReceiverMessage::Waiting(Waiting { text: "x".into(), seconds: 3, limit: 180 });
+        // While nothing is asked it starts no clock.
+        source.handle_message(second(0), waiting());
+        assert_eq!(source.poll_timeout(), None);
+        let open = Open {
+            state: StateId([1; 16]),
+            nonces: Vec::new(),
+            machine: MachineId([2; 32]),
+            high_water: LogSeq(0),
+            volumes: Vec::new(),
+        };
+        source.open(second(1), open);
+        assert!(matches!(source.poll_output(), Some(SourceOutput::Send(_))));
+        source.handle_message(second(9), waiting());
+        source.handle_timeout(second(11));
+        assert_eq!((source.poll_output(), source.poll_timeout()), (None, Some(second(19))));
+        source.handle_timeout(second(19));
+        assert!(matches!(source.poll_output(), Some(SourceOutput::Failed(SourceError::Timeout(_)))));
+    }
 }

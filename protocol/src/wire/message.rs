@@ -108,6 +108,26 @@ pub enum ReceiverMessage {
         /// How many records.
         records: u64,
     },
+    /// No answer to anything: the store keeps the receiver waiting. May come at any time.
+    Waiting(Waiting),
+}
+
+/// The receiver waits for its store.
+#[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Waiting {
+    /// For people: what for, and why.
+    pub text: String,
+    /// Seconds so far.
+    pub seconds: u32,
+    /// Seconds after which the receiver gives up.
+    pub limit: u32,
+}
+
+impl std::fmt::Display for Waiting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { text, seconds, limit } = self;
+        write!(f, "the receiver waits for its store, for {seconds} s so far and up to {limit} s: {text}")
+    }
 }
 
 /// Why not.
@@ -143,18 +163,20 @@ pub enum Reason {
     NotFound,
     /// The store has no room.
     NoSpace,
-    /// The store can't be reached or fails.
+    /// The store fails.
     Store,
     /// The volume may not be taken like this (shrunk, other block size).
     Volume,
     /// Something in the store is damaged.
     Damaged,
+    /// The store does not answer, and the receiver has tried for as long as it does.
+    Unavailable,
 }
 
 impl Reason {
     /// Whether opening again may help without anybody doing anything.
     pub fn is_retryable(self) -> bool {
-        matches!(self, Self::Busy | Self::Conflict | Self::Digest | Self::NoSpace | Self::Store)
+        matches!(self, Self::Busy | Self::Conflict | Self::Digest | Self::NoSpace | Self::Store | Self::Unavailable)
     }
 }
 
