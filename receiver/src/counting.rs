@@ -69,4 +69,7 @@ impl ObjectStore for Counting {
     fn describe(&self) -> String {
         self.inner.describe()
     }
+    fn waits(&self) -> Option<crate::store::Waits> {
+        self.inner.waits()
+    }
 }

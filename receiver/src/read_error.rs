@@ -82,6 +82,7 @@ impl ReadError {
         let reason = match self {
             Self::NotFound(_) => Reason::NotFound,
             Self::Store(e) if e.kind() == Kind::NoSpace => Reason::NoSpace,
+            Self::Store(e) if e.kind() == Kind::Unavailable => Reason::Unavailable,
             _ if self.is_damage() => Reason::Damaged,
             _ => Reason::Store,
         };

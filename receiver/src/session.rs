@@ -140,6 +140,7 @@ async fn serve_agent(
         }
         sender.finish();
     });
+    let notices = crate::notices::tell(shared.catalog.store.waits(), out.clone());
     let (inbox, mut messages) = mpsc::channel(16);
     let reader = tokio::spawn(async move {
         loop {
@@ -155,6 +156,7 @@ async fn serve_agent(
         Err(refused) => {
             tracing::warn!(agent = %identity.agent, reason = %refused, "refused a session");
             let _ = out.send(ReceiverMessage::Refused(refused)).await;
+            drop(notices);
             return Ok(end(out, writer, reader, &mut messages, CloseCode::Refused).await);
         }
     };
@@ -185,8 +187,8 @@ async fn serve_agent(
     if tokio::time::timeout(GRACE, session.leave()).await.is_err() {
         tracing::warn!(agent = %identity.agent, "could not keep what had arrived in time; it is sent again");
     }
-    // It holds a sender of its own: with it the writer would wait for messages that never come.
-    drop(session);
+    // They hold senders of their own: with them the writer would wait for messages that never come.
+    drop((session, notices));
     let code = end(out, writer, reader, &mut messages, *result.as_ref().unwrap_or(&CloseCode::Done)).await;
     result.map(|_| code)
 }

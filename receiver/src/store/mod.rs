@@ -7,6 +7,7 @@
 //! | [`dir`], [`s3`], [`mem`] | one backend each; one attempt per call | trying again |
 //! | [`retry`] | the only retry layer; what a lost reply meant | talking to a backend |
 //! | [`fault`] | failures on demand, for tests and simulation | |
+//! | [`Waits`] | which calls get no answer at this moment | telling anybody |
 //! | [`probe`] | finding out what a store really enforces | deciding what to do about it |
 
 use std::ops::Range;
@@ -26,10 +27,12 @@ pub mod retry;
 pub mod s3;
 mod settings;
 mod url;
+mod waits;
 
 pub use error::{Kind, StoreError, Verb};
 pub use settings::{MissingRoot, RetrySettings, S3Settings, StoreSettings};
 pub use url::{S3Url, StoreUrl, UrlError};
+pub use waits::{Waiting, Waits};
 
 /// Longest part of a key, bytes: NAME_MAX of Linux file systems. Every backend keeps to it, so that a store can be
 /// copied from any backend to any other.
@@ -74,6 +77,11 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
 
     /// Where this is, for messages. Holds no secret.
     fn describe(&self) -> String;
+
+    /// The calls that get no answer; `None` where nobody keeps track.
+    fn waits(&self) -> Option<Waits> {
+        None
+    }
 }
 
 /// Longest that [`open`] tries to reach a bucket: who mistyped an address wants to know soon. Arbitrary.
@@ -130,6 +138,9 @@ impl<S: ObjectStore + ?Sized> ObjectStore for Arc<S> {
     }
     fn describe(&self) -> String {
         (**self).describe()
+    }
+    fn waits(&self) -> Option<Waits> {
+        (**self).waits()
     }
 }
 

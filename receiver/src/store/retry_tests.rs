@@ -108,12 +108,12 @@ async fn damage_on_the_way_back_is_not_our_success() {
 #[tokio::test]
 async fn pauses_grow_to_their_limit() {
     let store = Retrying::new(MemStore::new(), RetrySettings { seed: None, ..RetrySettings::default() });
-    let pauses: Vec<_> = store.tries(Verb::Get, "a").pauses.take(20).collect();
+    let pauses: Vec<_> = store.tries(Verb::Get, "a", 0).pauses.take(20).collect();
     let RetrySettings { first_pause, longest_pause, .. } = RetrySettings::default();
     assert!(pauses[0] >= first_pause && pauses[0] <= 2 * first_pause, "{pauses:?}");
     assert!(pauses.iter().all(|pause| *pause <= 2 * longest_pause), "{pauses:?}");
     assert!(pauses[10..].iter().all(|pause| *pause >= longest_pause), "{pauses:?}");
-    let other: Vec<_> = store.tries(Verb::Get, "a").pauses.take(20).collect();
+    let other: Vec<_> = store.tries(Verb::Get, "a", 0).pauses.take(20).collect();
     assert_ne!(pauses, other, "two receivers do not pause in step");
 }
 
@@ -163,4 +163,28 @@ async fn storm(seed: u64) {
     }
     let lost = faulty.trace().iter().filter(|step| matches!(step.fault, Some(Fault::After(_)))).count();
     assert!(lost > 20, "the situation was reached only {lost} times");
+}
+
+/// Errors and silence alike are known after some seconds, and forgotten when the call ends. In real time: 6 s.
+#[tokio::test]
+async fn a_call_without_an_answer_is_known_to_others() {
+    let known = |fault| async move {
+        let (faulty, store) = pair(6000, 1);
+        let waits = store.waits().expect("the retry layer keeps track");
+        let a = key("a");
+        faulty.add(When::always(), fault);
+        let call = tokio::spawn(async move { store.get(&a, 10).await });
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(waits.longest().is_none(), "one second is nothing");
+        tokio::time::sleep(Duration::from_millis(3500)).await;
+        let waiting = waits.longest().expect("four seconds and a half are much");
+        assert!(waiting.reason.contains("cannot read a"), "{}", waiting.reason);
+        assert_eq!(waiting.total, Duration::from_secs(6));
+        let error = call.await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable);
+        assert!(waits.longest().is_none());
+        let refusal = crate::read_error::ReadError::from(error).refusal();
+        assert_eq!(backhaul_cli::of_reason(refusal.reason).0, backhaul_cli::Exit::Network);
+    };
+    tokio::join!(known(Fault::Before(Kind::Unavailable)), known(Fault::Delay(Duration::from_secs(3600))));
 }
