@@ -174,8 +174,15 @@ fn failure(verb: Verb, object: impl fmt::Display, doing: &str, errno: Errno) -> 
         Errno::NOSPC | Errno::DQUOT => {
             (Kind::NoSpace, "no space left in the store's file system; free some or grow it")
         }
-        Errno::ACCESS | Errno::PERM => (Kind::Permission, "not permitted; the store's folder belongs to another user?"),
-        Errno::ROFS => (Kind::Permission, "the store's file system is mounted read-only, perhaps after an error"),
+        // Not `Permission`: nobody's identity is in doubt, and somebody has to change the folder or its mount.
+        Errno::ACCESS | Errno::PERM => {
+            (Kind::Config, "not permitted; run as the user that the store's folder belongs to, or give it to this one")
+        }
+        Errno::ROFS => (
+            Kind::Config,
+            "the store's file system is mounted read-only, perhaps after an error: see the kernel's log, and mount it \
+             writable",
+        ),
         Errno::LOOP | Errno::XDEV => {
             (Kind::Config, "a symbolic link is in the way; the store follows none, use a bind mount instead")
         }
