@@ -131,12 +131,34 @@ async fn find_credentials(
     };
     let find = async {
         let chain = DefaultCredentialsChain::builder().region(Region::new(region.to_owned())).build().await;
-        chain.provide_credentials().await.map(|_| chain)
+        chain.provide_credentials().await.map(|found| (chain, found))
     };
     match tokio::time::timeout(CHAIN_LIMIT, find).await {
-        Ok(Ok(chain)) => Ok(SharedCredentialsProvider::new(chain)),
+        Ok(Ok((chain, found))) => {
+            check_credentials(url, &found)?;
+            Ok(SharedCredentialsProvider::new(chain))
+        }
         Ok(Err(error)) => Err(missing().because(chain_text(&error))),
         Err(elapsed) => Err(missing().because(elapsed)),
+    }
+}
+
+/// The SDK puts them into headers as they are, and panics where that is not possible. A line break at the end is what
+/// reading a key from a file leaves.
+fn check_credentials(url: &S3Url, found: &aws_sdk_s3::config::Credentials) -> Result<(), StoreError> {
+    let parts = [
+        ("the access key (AWS_ACCESS_KEY_ID)", Some(found.access_key_id())),
+        ("the secret key (AWS_SECRET_ACCESS_KEY)", Some(found.secret_access_key())),
+        ("the session token (AWS_SESSION_TOKEN)", found.session_token()),
+    ];
+    let wrong = |text: &str| text.is_empty() || !text.bytes().all(|b| b.is_ascii_graphic());
+    // Does not repeat it: it is a secret.
+    match parts.iter().find(|(_, text)| text.is_some_and(wrong)) {
+        None => Ok(()),
+        Some((name, _)) => {
+            let what = format!("{name} is empty, or has a space, a line break or another character that no key has");
+            Err(StoreError::new(Kind::Config, Verb::Open, url, what))
+        }
     }
 }
 
