@@ -176,8 +176,9 @@ impl GroupLog {
     }
 
     pub(crate) async fn newest_from(&self, hint: LogSeq) -> Result<LogSeq, ReadError> {
-        let mut low = if self.exists(hint).await? { hint } else { self.floor().await? };
-        if low != hint && !self.exists(low).await? {
+        let hint_is_there = self.exists(hint).await?;
+        let mut low = if hint_is_there { hint } else { self.floor().await? };
+        if !hint_is_there && !self.exists(low).await? {
             return Err(ReadError::Log { seq: low, what: "its first record is missing" });
         }
         let mut step = 1;

@@ -128,6 +128,8 @@ impl GroupLog {
                 }
                 match self.last_listed().await? {
                     Some(last) => last,
+                    // Stopped after the name and before the log: a group that is still empty.
+                    None if self.is_untouched().await? => return Ok(None),
                     None => {
                         history.unreadable.push((LogSeq(0), e));
                         return Ok(None);
@@ -137,6 +139,11 @@ impl GroupLog {
             Err(e) => return Err(e),
         };
         Ok(Some(newest.max(hint)))
+    }
+
+    async fn is_untouched(&self) -> Result<bool, ReadError> {
+        let any = format!("groups/{}/", self.group());
+        Ok(self.store().list(&any, None, 1).await?.is_empty())
     }
 
     /// The highest number among the keys. For logs with gaps: a list costs a request for 1000 records.

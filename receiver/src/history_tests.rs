@@ -124,3 +124,19 @@ async fn a_group_whose_name_is_damaged_or_gone_is_found_by_its_log() {
         assert!(opened.expect("it can be read").1.is_some());
     }
 }
+
+/// Its name is put first; a receiver that stops there has damaged nothing.
+#[tokio::test]
+async fn a_group_that_was_not_finished_is_empty_and_one_without_its_log_is_damaged() {
+    let (store, group) = group(1).await;
+    let log = log(&group).await;
+    log.write_hint(LogSeq(1)).await.expect("the store works");
+    for key in store.objects().into_keys().filter(|k| k.as_str().contains("/log/")) {
+        store.tamper(&key, None);
+    }
+    assert_eq!(log.history().await.expect("the store works").unreadable.len(), 1);
+    for key in store.objects().into_keys().filter(|k| k.as_str().starts_with("groups/")) {
+        store.tamper(&key, None);
+    }
+    assert_eq!(log.history().await.expect("the store works").damage().count(), 0);
+}
