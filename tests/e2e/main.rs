@@ -11,5 +11,7 @@ mod overload;
 mod replicate;
 mod restore;
 mod resume;
+mod s3;
 mod service;
 mod targets;
+mod unwritable;

@@ -20,6 +20,8 @@ pub struct Fixture {
     dir: tempfile::TempDir,
     store: String,
     state: PathBuf,
+    /// For the receiver's commands.
+    envs: Vec<(String, String)>,
 }
 
 impl Fixture {
@@ -34,7 +36,13 @@ impl Fixture {
     pub fn bare() -> Self {
         let dir = tempfile::Builder::new().prefix("backhaul-test-").tempdir().expect("a temporary folder");
         let (store, state) = (format!("file://{}", dir.path().join("store").display()), dir.path().join("receiver"));
-        Self { dir, store, state }
+        Self { dir, store, state, envs: Vec::new() }
+    }
+
+    /// A place in a bucket, not initialised yet; the keys are in the environment.
+    pub fn in_bucket(url: &str, envs: &[(&str, &str)]) -> Self {
+        let envs = envs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Self { store: url.to_owned(), envs, ..Self::bare() }
     }
 
     /// An initialised store in a folder of the caller's.
@@ -69,6 +77,7 @@ impl Fixture {
     pub fn receiver_command(&self, args: &[&str]) -> Command {
         let mut command = clean(program("backhaul-receiver"));
         command.args(args).arg("--json").args(["--store", &self.store]).arg("--state").arg(&self.state);
+        command.envs(self.envs.iter().cloned());
         command
     }
 
