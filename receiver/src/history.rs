@@ -3,6 +3,7 @@
 //! Read first: [`History`], then [`GroupLog::find`]. Nothing here ever takes an older point for the latest: where the
 //! record that may be the wanted one can't be read, that is an error that names the next older point.
 
+use backhaul_cli::text;
 use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::ids::LogSeq;
 use backhaul_protocol::limits::CHECKPOINT_INTERVAL;
@@ -190,21 +191,40 @@ impl GroupLog {
             PointSpec::Latest => self.latest().await?,
             PointSpec::Time(time) => self.history().await?.latest(Some(time))?,
         };
-        let none = || ReadError::NotFound("no such point; `points` lists those that there are".into());
-        let Some(seq) = seq else {
-            let text =
-                "no point that is not fuzzy; name one by its number to take it all the same: `points` lists them";
-            return Err(ReadError::NotFound(text.into()));
-        };
+        let Some(seq) = seq else { return Err(self.absent(spec).await?) };
         match self.read(seq).await {
-            Ok(Some((record, _))) => {
-                let point = record.point().cloned().ok_or_else(none)?;
-                Ok((record, point))
+            Ok(Some((record, _))) => match record.point().cloned() {
+                Some(point) => Ok((record, point)),
+                None => Err(self.absent(spec).await?),
+            },
+            Ok(None) => {
+                self.missing(seq).await?;
+                Err(self.absent(spec).await?)
             }
-            Ok(None) => self.missing(seq).await.and_then(|()| Err(none())),
             Err(e) if e.is_damage() => Err(self.unreadable(seq, e).await?),
             Err(e) => Err(e),
         }
+    }
+
+    /// Why there is no such point, and which there are.
+    async fn absent(&self, spec: PointSpec) -> Result<ReadError, ReadError> {
+        let points = self.history().await?.points;
+        let (Some(first), Some(last)) = (points.first(), points.last()) else {
+            return Ok(ReadError::NotFound("no points yet".into()));
+        };
+        let by_number = "name one by its number to take it all the same: `points` lists them";
+        let text = match spec {
+            PointSpec::Number(seq) => {
+                format!("no point {seq}: they go from {} to {}, with gaps; `points` lists them", first.seq, last.seq)
+            }
+            PointSpec::Time(time) if time < first.time => {
+                let (time, first) = (text::time(time), (first.seq, text::time(first.time)));
+                format!("no point of {time} or before: the first is {} of {}", first.0, first.1)
+            }
+            PointSpec::Time(time) => format!("every point up to {} is fuzzy; {by_number}", text::time(time)),
+            PointSpec::Latest => format!("every point is fuzzy, the newest is {}; {by_number}", last.seq),
+        };
+        Ok(ReadError::NotFound(text))
     }
 
     /// Whether a number that is not there should be: an error if so.

@@ -140,3 +140,19 @@ async fn a_group_that_was_not_finished_is_empty_and_one_without_its_log_is_damag
     }
     assert_eq!(log.history().await.expect("the store works").damage().count(), 0);
 }
+
+#[tokio::test]
+async fn what_is_not_there_is_told_with_what_is() {
+    let (_, group) = group(2).await;
+    let log = log(&group).await;
+    let first = log.history().await.expect("the store works").points[0].time;
+    let before = UnixMillis(first.0 - 1);
+    for (spec, text) in [
+        (PointSpec::Number(LogSeq(9)), "no point 9: they go from 1 to 2"),
+        (PointSpec::Number(LogSeq(0)), "no point 0"),
+        (PointSpec::Time(before), "the first is 1 of"),
+    ] {
+        let error = log.find(spec).await.expect_err("there is none");
+        assert!(matches!(&error, ReadError::NotFound(t) if t.contains(text)), "{error}");
+    }
+}

@@ -161,7 +161,7 @@ async fn serve_agent(
         }
     };
     connection.set_receive_window(quinn::VarInt::from_u32(Windows::BLOCKS.receive));
-    let mut session = Session::new(shared.clone(), identity.clone(), known, connection.clone(), out.clone());
+    let mut session = Session::new(shared.clone(), identity, known, connection.clone(), out.clone());
     let (stop, stopping) = watch::channel(None);
     let reason = reason_to_end(shared, &identity, session.superseded(), &mut shutdown);
     let result = {
