@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use backhaul_protocol::ids::{GroupId, LogSeq, Name, RepositoryId};
 use backhaul_protocol::store::checkpoint::{Sharing, StoreFormat};
-use backhaul_protocol::store::envelope::FormatError;
+use backhaul_protocol::store::envelope::{self, FormatError};
 use backhaul_protocol::store::key::{self, ObjectKey};
 use backhaul_protocol::store::log::Body;
 
-use crate::catalog::{Catalog, GroupLog};
+use crate::catalog::{Catalog, GroupLog, SMALL, get_optional};
 use crate::read_error::ReadError;
 use crate::store::{Kind, ObjectStore, StoreError, Verb};
 
@@ -33,7 +33,12 @@ impl Catalog {
             Err(e) => e,
         };
         let damage = match error {
-            ReadError::Damaged { cause: FormatError::Version(_) | FormatError::Features(_), .. } => return Err(error),
+            ReadError::Damaged { cause: FormatError::Version(_) | FormatError::Features(_), .. }
+                // Each other object has a version of its own, so that a flipped bit here opens nothing that is newer.
+                if get_optional(&*store, &key::format(), SMALL).await?.is_some_and(|b| envelope::is_whole(&b)) =>
+            {
+                return Err(error);
+            }
             ReadError::NotFound(_) if store.list("groups/", None, 1).await?.is_empty() => return Err(error),
             ReadError::NotFound(_) => gone(&key::format()),
             e if e.is_damage() => e,
