@@ -174,10 +174,10 @@ async fn records_that_are_wrong() {
         ("zstd that is none", "decompress", data(0, right, Encoding::Zstd, &block[..4000])),
         ("a bomb", "decompress", data(0, right, Encoding::Zstd, &bomb)),
         ("a volume that is not in the session", "volume", [&other_volume.to_bytes()[..], &block].concat()),
-        ("zeroes across pages", "count", header(0, RecordBody::Zeroes { count: 1025 }).to_bytes().to_vec()),
+        ("zeroes across pages", "zero run", header(0, RecordBody::Zeroes { count: 1025 }).to_bytes().to_vec()),
         ("zeroes beyond the end", "block", header(31, RecordBody::Zeroes { count: 2 }).to_bytes().to_vec()),
-        ("no zeroes", "count", header(0, RecordBody::Zeroes { count: 0 }).to_bytes().to_vec()),
-        ("endless zeroes", "count", header(0, RecordBody::Zeroes { count: u64::MAX }).to_bytes().to_vec()),
+        ("no zeroes", "zero run", header(0, RecordBody::Zeroes { count: 0 }).to_bytes().to_vec()),
+        ("endless zeroes", "zero run", header(0, RecordBody::Zeroes { count: u64::MAX }).to_bytes().to_vec()),
         ("half a header", "middle of a record", data(0, right, Encoding::Raw, &block)[..30].to_vec()),
         ("half a payload", "middle of a record", data(0, right, Encoding::Raw, &block)[..30_000].to_vec()),
     ];
@@ -269,6 +269,7 @@ async fn offers_that_are_wrong() {
             Ok(Some(ReceiverMessage::Refused(_))) | Err(_) | Ok(None) => {}
             other => panic!("{what}: {other:?}"),
         }
+        connection.0.close(0_u32.into(), b"");
     }
     // Reading what is not there, and other than asked for.
     for point in [PointSpec::Number(LogSeq(99)), PointSpec::Number(LogSeq(0)), PointSpec::Time(UnixMillis(i64::MIN))] {
@@ -276,6 +277,7 @@ async fn offers_that_are_wrong() {
         let (mut sender, mut receiver) = connection.greet().await;
         sender.send(&AgentMessage::OpenRead(OpenRead { point })).await.expect("sent");
         assert!(matches!(receiver.receive().await, Ok(Some(ReceiverMessage::Refused(_)))), "{point:?}");
+        connection.0.close(0_u32.into(), b"");
     }
     for (page, blocks) in [(0, vec![255; 127]), (0, vec![255; 129]), (99, vec![255; 128]), (0, Vec::new())] {
         let (_endpoint, connection) = target.connect(As::Agent).await;
@@ -288,6 +290,7 @@ async fn offers_that_are_wrong() {
             Ok(Some(ReceiverMessage::Refused(_) | ReceiverMessage::Sent { records: 0, .. })) => {}
             other => panic!("page {page}: {other:?}"),
         }
+        connection.0.close(0_u32.into(), b"");
     }
     target.unharmed(1);
 }

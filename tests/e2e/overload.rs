@@ -134,7 +134,8 @@ async fn ends(connection: &Connection, code: CloseCode, how: Busy) {
     let began = Instant::now();
     let closed = tokio::time::timeout(ENDS, connection.0.closed()).await;
     let reason = closed.unwrap_or_else(|_| panic!("{how:?}: not within {ENDS:?}"));
-    assert_eq!(TransportError::from(reason).close_code(), Some(code), "{how:?} after {:?}", began.elapsed());
+    let error = TransportError::from(reason);
+    assert_eq!(error.close_code(), Some(code), "{how:?} after {:?}: {error}", began.elapsed());
 }
 
 #[tokio::test]
@@ -172,6 +173,15 @@ async fn a_newer_session_takes_over_from_one_that_is_busy() {
         assert!(began.elapsed() < Duration::from_secs(20), "{how:?}: {:?}", began.elapsed());
         ends(&connection, CloseCode::Superseded, how).await;
     }
+}
+
+/// Nobody says anything for longer than the idle timeout: the keep-alive does.
+#[tokio::test]
+async fn a_session_that_is_idle_is_kept_alive() {
+    let mut target = target();
+    let (_endpoint, connection, _control, _) = reading(&target).await;
+    assert!(tokio::time::timeout(Duration::from_secs(26), connection.0.closed()).await.is_err());
+    target.unharmed(1);
 }
 
 /// Agents that send nothing for a commit of theirs do not keep their refusal from being heard.
