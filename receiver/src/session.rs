@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// given up. Together with the look-ups of revocations well under 30 s.
 const GRACE: Duration = Duration::from_secs(5);
 /// A receiver that shuts down is in less of a hurry, and its service manager waits 90 s.
-const GRACE_AT_SHUTDOWN: Duration = Duration::from_secs(20);
+const GRACE_AT_SHUTDOWN: Duration = Duration::from_secs(15);
 /// A look-up of a revocation that takes longer is begun anew; a store that hangs must not delay the next one.
 const LOOK_UP: Duration = Duration::from_secs(5);
 
