@@ -188,14 +188,17 @@ async fn shrinks_and_grows(points: u64) {
     init(&*store).await;
     let (state, disk) = (inside.path("state"), inside.path("disk.img"));
     let mut random = Random::new(points);
-    image::random(&disk, 3 * MIB + 5, &mut random);
+    // Two pages of 64 MiB, and something in both.
+    image::sparse(&disk, 66 * MIB + 5);
+    image::write(&disk, 0, &random.bytes(3 << 20));
+    image::write(&disk, 65 * MIB, &random.bytes(1 << 20));
     let mut receiving = inside.serve(store.clone()).await;
     inside.join(store.clone(), &receiving, &state, &disk).await;
     for _ in 0..points {
         inside.round(&receiving, &state).await.expect("nothing fails");
         image::write(&disk, random.between(0, MIB), &random.bytes(100));
     }
-    for (i, len) in [MIB + 100, 3 * MIB, 2 * MIB + 1, 4 * MIB, 70 * MIB, MIB, 66 * MIB].into_iter().enumerate() {
+    for (i, len) in [MIB + 100, 66 * MIB + 5, 65 * MIB + 777, 70 * MIB, 64 * MIB, 66 * MIB, MIB, 2 * MIB].into_iter().enumerate() {
         let shrinks = len < disk.metadata().expect("it is there").len();
         set_len(&disk, len);
         if shrinks {
@@ -222,4 +225,32 @@ async fn what_a_volume_lost_when_it_shrank_does_not_come_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_volume_lost_when_it_shrank_does_not_come_back_through_a_fold() {
     shrinks_and_grows(62).await;
+}
+
+/// A first sync that is broken off when its draft has been folded; another receiver finds it again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_draft_that_was_folded_is_taken_up_by_another_receiver() {
+    let inside = Inside::new(true);
+    let store = Arc::new(MemStore::new());
+    init(&*store).await;
+    let (state, disk) = (inside.path("state"), inside.path("disk.img"));
+    let faulty: Faulty = Arc::new(FaultStore::new(store.clone(), 1));
+    let receiving = inside.serve(faulty.clone()).await;
+    image::random(&disk, 240 * MIB, &mut Random::new(9));
+    inside.join(store.clone(), &receiving, &state, &disk).await;
+    // A map has been stored, and some segments after it.
+    faulty.add(When::verb(Verb::PutNew).key("/segments/").skip(105), Fault::Before(Kind::Unavailable));
+    // Slow enough that the draft is folded meanwhile.
+    faulty.add(When::verb(Verb::PutNew).key("/segments/"), Fault::Delay(Duration::from_millis(30)));
+    inside.round(&receiving, &state).await.expect_err("the store fails");
+    let put = |key: &str| faulty.trace().iter().filter(|s| s.verb == Verb::PutNew && s.key.contains(key)).count();
+    assert!(put("/maps/") > 0, "it was folded");
+    receiving.end().await;
+    let counting: Faulty = Arc::new(FaultStore::new(store.clone(), 1));
+    let receiving = inside.serve(counting.clone()).await;
+    image::write(&disk, 3 * MIB, b"changed meanwhile");
+    let report = inside.round(&receiving, &state).await.expect("it goes on");
+    assert!(report.bytes_sent < 90 * MIB, "most of it was there: {}", report.bytes_sent);
+    assert!(inside.restored(store, report.head.0).await == std::fs::read(&disk).expect("it is there"));
+    receiving.end().await;
 }

@@ -19,6 +19,18 @@ use crate::fold::{self, FoldTarget};
 use crate::read_error::ReadError;
 use crate::store::ObjectStore;
 use crate::view::{Loose, MapReader, View, read_segment_index};
+use tokio::task::JoinSet;
+
+/// Captures that one session may use on one base: 16 times the blocks of the largest volume, and room for a hundred
+/// million sessions that were broken off.
+pub const MAX_CAPTURES: u64 = 1 << 36;
+/// Objects that are opened at once when a draft is looked for.
+const READS: usize = 16;
+
+/// The first capture that a session may not use which begins after `highest`. Not above it where none are left.
+pub fn end_of_captures(highest: CaptureNumber) -> CaptureNumber {
+    CaptureNumber(highest.0.checked_add(MAX_CAPTURES).unwrap_or(0))
+}
 
 /// Where new objects of a session get their ids from.
 #[derive(Clone, Copy, Debug)]
@@ -58,7 +70,7 @@ pub struct Draft {
     pub segments: Vec<SegmentRef>,
     /// Their entries.
     pub loose: Arc<Loose>,
-    /// The highest capture in it.
+    /// No capture in it is higher.
     pub max_capture: CaptureNumber,
     /// Bytes of records in it.
     pub stored: u64,
@@ -82,7 +94,10 @@ impl Draft {
         self.deltas.is_empty() && self.segments.is_empty()
     }
 
-    /// Finds what an earlier session left for this base. Objects that can't be read as what they should be are passed
+    /// Finds what an earlier session left for this base, whose highest capture is `base_capture`. Bounded by the number
+    /// of objects, never by that of their entries: an agent waits for it, and a first sync may have been under way for
+    /// days. Where maps were written the highest capture is therefore not looked up but bounded: no session, which is what
+    /// the tag in object ids tells apart, uses more than [`MAX_CAPTURES`]. Objects that can't be read as what they should be are passed
     /// over: what they held is sent again.
     pub async fn recover(
         store: &Arc<dyn ObjectStore>,
@@ -90,18 +105,29 @@ impl Draft {
         binding: DraftBinding,
         generation: Generation,
         base: LogSeq,
+        base_capture: CaptureNumber,
     ) -> Result<Self, ReadError> {
         let mut draft = Self::empty(binding);
+        let mut sessions = BTreeSet::new();
         let mut covered = BTreeSet::new();
         let mut candidates = Vec::new();
-        for (key, size) in list_all(&**store, &keys.draft_maps(generation, base)).await? {
-            match open_draft_map(store, keys, &key, size, binding).await {
-                Ok(Some(reader)) => candidates.push(Arc::new(reader)),
-                Ok(None) => {}
-                Err(e) if e.is_damage() => {
-                    tracing::warn!(%key, error = %e, "a map of the draft is damaged; what it held is sent again")
+        let maps = list_all(&**store, &keys.draft_maps(generation, base)).await?;
+        sessions.extend(maps.iter().filter_map(|(key, _)| keys.object_id(key)).map(|id| id.session));
+        for chunk in maps.chunks(READS) {
+            let mut opening = JoinSet::new();
+            for (key, size) in chunk.iter().cloned() {
+                let store = store.clone();
+                opening.spawn(async move { (open_draft_map(&store, keys, &key, size, binding).await, key) });
+            }
+            while let Some(opened) = opening.join_next().await {
+                match opened.expect("opening a map does not panic") {
+                    (Ok(Some(reader)), _) => candidates.push(Arc::new(reader)),
+                    (Ok(None), _) => {}
+                    (Err(e), key) if e.is_damage() => {
+                        tracing::warn!(%key, error = %e, "a map of the draft is damaged; what it held is sent again")
+                    }
+                    (Err(e), _) => return Err(e),
                 }
-                Err(e) => return Err(e),
             }
         }
         // Merged deltas reach the older ones that they replaced only through their segments: the newest that covers
@@ -117,6 +143,7 @@ impl Draft {
         let mut entries = Vec::new();
         for (key, size) in list_all(&**store, &keys.draft_segments(generation, base)).await? {
             let Some(id) = keys.object_id(&key) else { continue };
+            sessions.insert(id.session);
             if covered.contains(&id) {
                 continue;
             }
@@ -134,8 +161,10 @@ impl Draft {
             }
         }
         draft.max_capture = entries.iter().map(|e| e.entry.capture).max().unwrap_or_default();
-        for delta in &draft.deltas {
-            draft.max_capture = draft.max_capture.max(max_capture(delta).await?);
+        if !draft.deltas.is_empty() {
+            draft.max_capture = draft.max_capture.max(CaptureNumber(
+                base_capture.0.saturating_add((sessions.len() as u64).saturating_mul(MAX_CAPTURES)),
+            ));
         }
         draft.loose = Arc::new(Loose::new(entries));
         Ok(draft)
@@ -226,23 +255,6 @@ fn stored_len(entry: &VolumeEntry) -> u64 {
     match entry.entry.content {
         Content::Zero => HEADER_LEN as u64,
         Content::Data { location, .. } => u64::from(location.stored_len),
-    }
-}
-
-async fn max_capture(delta: &Arc<MapReader>) -> Result<CaptureNumber, ReadError> {
-    let mut highest = CaptureNumber(0);
-    let mut first = 0;
-    loop {
-        let rows = delta.rows(first).await?;
-        if rows.is_empty() {
-            return Ok(highest);
-        }
-        first += rows.len() as u64;
-        for row in &rows {
-            for entry in delta.entries(row).await? {
-                highest = highest.max(entry.capture);
-            }
-        }
     }
 }
 

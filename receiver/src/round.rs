@@ -36,8 +36,6 @@ pub use recording::after_commit;
 
 /// Runs of draft pages in an `Opened`, of all volumes: keeps it inside one frame.
 const MAX_DRAFT_RUNS: usize = 1500;
-/// Captures of one round: far more than any round can send, and far from overflow for a thousand years of rounds.
-const MAX_CAPTURES: u64 = 1 << 40;
 /// Records that may still be on their way when a commit is asked for: what fits the windows of both sides.
 const MAX_LATE_RECORDS: u64 = 1 << 19;
 /// The last records are with the transport when a commit is asked for: a minute without one of them is a network that
@@ -66,7 +64,7 @@ pub struct Round {
     pub ingest: Arc<Ingest>,
     /// Base, deltas, draft: what the agent compares with.
     view: View,
-    first_capture: CaptureNumber,
+    end_capture: CaptureNumber,
 }
 
 impl Round {
@@ -93,7 +91,7 @@ impl Round {
         view.deltas.extend(known.draft.deltas.iter().cloned());
         view.loose.push(known.draft.loose.clone());
         let highest = known.head.max_capture().max(known.draft.max_capture);
-        let Some(first_capture) = highest.0.checked_add(1).filter(|c| c.checked_add(MAX_CAPTURES).is_some()) else {
+        let Some(first_capture) = highest.0.checked_add(1).filter(|c| *c < known.end_capture.0) else {
             let text =
                 "no capture numbers are left in this group: the log is damaged or was written by a hostile agent";
             return Err(Refusal { reason: Reason::Damaged, text: text.into() });
@@ -107,7 +105,8 @@ impl Round {
             resources.segment_size,
             resources.budget.clone(),
         );
-        let admission = Sink::admission(&taken, first_capture, CaptureNumber(first_capture.0 + MAX_CAPTURES));
+        let admission = Sink::admission(&taken, first_capture, known.end_capture);
+        let end_capture = known.end_capture;
         let ingest = Ingest::new(admission, writer, resources.verifiers.clone());
         let mut draft_pages: BTreeMap<VolumeSlot, Vec<u64>> = BTreeMap::new();
         for (slot, page) in known.draft.pages().await.map_err(|e| e.refusal())? {
@@ -130,7 +129,7 @@ impl Round {
                 .collect(),
             volumes_changed: taken.changed,
         };
-        Ok((Self { taken, ingest, view, first_capture }, opened))
+        Ok((Self { taken, ingest, view, end_capture }, opened))
     }
 
     /// The view that the agent compares with.
@@ -209,7 +208,7 @@ impl Round {
         now: impl Fn() -> UnixMillis,
     ) -> Result<Committed, Refusal> {
         let records = commit.records;
-        if commit.max_capture.0 >= self.first_capture.0 + MAX_CAPTURES {
+        if commit.max_capture >= self.end_capture {
             return Err(Refusal { reason: Reason::Protocol, text: "a capture number out of bounds".into() });
         }
         let commit_id = commit.commit;

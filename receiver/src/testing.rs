@@ -39,6 +39,8 @@ pub(crate) struct TestGroup {
     nonce: WriterNonce,
     resources: RoundResources,
     held: Vec<(String, Vec<BlockDigest>)>,
+    /// The receiver's clock.
+    pub(crate) now: UnixMillis,
 }
 
 impl TestGroup {
@@ -58,7 +60,15 @@ impl TestGroup {
         let state = GroupState::new(catalog.expect_group(&name).await.expect("a group"));
         let resources =
             RoundResources { budget: Budget::new(64 << 20), verifiers: Arc::new(Semaphore::new(2)), segment_size };
-        Self { catalog, name, state, nonce: WriterNonce([0; 16]), resources, held: Vec::new() }
+        Self {
+            catalog,
+            name,
+            state,
+            nonce: WriterNonce([0; 16]),
+            resources,
+            held: Vec::new(),
+            now: UnixMillis(1_700_000_000_000),
+        }
     }
 
     /// Commits a point of these volumes: name, block size, content. Only what differs from the point before is sent.
@@ -98,7 +108,7 @@ impl TestGroup {
                 .map(|v| CommitVolume { digest: digest(v.slot), full_scan: UnixMillis(2) })
                 .collect(),
         };
-        let now = UnixMillis(1_700_000_000_000);
+        let now = self.now;
         let committed = round.commit(&mut self.state, &mut sink, AGENT, commit, || now).await;
         match &committed {
             Ok(_) => self.nonce = nonce,

@@ -6,12 +6,12 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use backhaul_protocol::digest::{ObjectDigest, RangeDigest};
-use backhaul_protocol::ids::VolumeSlot;
+use backhaul_protocol::ids::{CaptureNumber, VolumeSlot};
 use backhaul_protocol::session::sink::GroupHead;
 use backhaul_protocol::store::segment::DraftBinding;
 
 use crate::catalog::GroupLog;
-use crate::draft::{Draft, IdSource};
+use crate::draft::{Draft, IdSource, end_of_captures};
 use crate::fold::Layers;
 use crate::read_error::ReadError;
 use crate::view::View;
@@ -32,6 +32,8 @@ pub(super) struct KnownHead {
     pub(super) ranges: BTreeMap<VolumeSlot, Vec<RangeDigest>>,
     pub(super) draft: Draft,
     pub(super) ids: Arc<Mutex<IdSource>>,
+    /// No capture of any round on this head, as long as this is known, is as high.
+    pub(super) end_capture: CaptureNumber,
 }
 
 impl GroupState {
@@ -77,8 +79,9 @@ impl KnownHead {
         };
         let (generation, seq) = (head.record.generation, head.record.seq);
         let binding = DraftBinding { group: log.group(), base_commit: head.record.commit };
-        let draft = Draft::recover(log.store(), log.keys(), binding, generation, seq).await?;
+        let draft = Draft::recover(log.store(), log.keys(), binding, generation, seq, head.max_capture()).await?;
+        let end_capture = end_of_captures(head.max_capture().max(draft.max_capture));
         let ids = Arc::new(Mutex::new(IdSource::new(seq, generation, crate::random::number())));
-        Ok(Self { head, hash, layers, ranges: BTreeMap::new(), draft, ids })
+        Ok(Self { head, hash, layers, ranges: BTreeMap::new(), draft, ids, end_capture })
     }
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use backhaul_protocol::consistency::Checked;
 use backhaul_protocol::digest::{ObjectDigest, RangeDigest};
-use backhaul_protocol::ids::{LogSeq, VolumeSlot};
+use backhaul_protocol::ids::{CaptureNumber, LogSeq, VolumeSlot};
 use backhaul_protocol::limits::CHECKPOINT_INTERVAL;
 use backhaul_protocol::session::sink::{Approved, GroupHead, Taken};
 use backhaul_protocol::store::log::{Body, PointBody, PointVolume, Record, UnixMillis};
@@ -16,7 +16,7 @@ use backhaul_protocol::store::segment::DraftBinding;
 use super::Round;
 use super::group_state::{GroupState, KnownHead};
 use crate::catalog::GroupLog;
-use crate::draft::{Draft, IdSource};
+use crate::draft::{Draft, IdSource, end_of_captures};
 use crate::fold::{self, Layers};
 use crate::read_error::ReadError;
 use crate::view::Loose;
@@ -110,6 +110,7 @@ impl Round {
             let all = layers.view.loose.iter().flat_map(|l| l.0.iter().copied()).collect();
             layers.view.loose = vec![Arc::new(Loose::new(all))];
         }
+        let end_capture = end_of_captures(record.point().map_or(CaptureNumber(0), |p| p.max_capture));
         let point = record.point().cloned().map(|p| (seq, p));
         let binding = DraftBinding { group: state.log.group(), base_commit: record.commit };
         state.known = Some(KnownHead {
@@ -118,6 +119,7 @@ impl Round {
             layers,
             ranges,
             draft: Draft::empty(binding),
+            end_capture,
             ids: Arc::new(Mutex::new(IdSource::new(seq, generation, crate::random::number()))),
         });
         Ok(())

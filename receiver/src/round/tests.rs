@@ -4,11 +4,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use backhaul_protocol::consistency::Consistency;
-use backhaul_protocol::ids::VolumeSlot;
+use backhaul_protocol::geometry::Geometry;
+use backhaul_protocol::ids::{Generation, LogSeq, VolumeSlot};
+use backhaul_protocol::store::log::UnixMillis;
 use backhaul_protocol::wire::message::Reason;
 use tokio::sync::watch;
 
 use super::{LATE, Late, wait_for};
+use crate::draft::IdSource;
+use crate::fold::FoldTarget;
 use crate::ingest::Progress;
 use crate::store::fault::{Fault, FaultStore, When};
 use crate::store::mem::MemStore;
@@ -101,4 +105,52 @@ async fn maps_of_a_commit_that_failed_are_not_taken_for_the_drafts() {
     group.state.forget();
     let known = group.state.refresh().await.expect("readable");
     assert!(known.draft.deltas.is_empty(), "{:?}", known.draft.deltas);
+}
+
+/// Whatever the receiver's clock does: points are never older than those before them.
+#[tokio::test]
+async fn a_clock_that_goes_backwards_makes_no_point_older_than_the_one_before() {
+    let mut group = TestGroup::new(Arc::new(MemStore::new()), 1 << 20).await;
+    let mut last = UnixMillis(0);
+    for (i, now) in [1_700_000_000_000, 1_600_000_000_000, -5, 0, i64::MIN, 1_700_000_000_001].into_iter().enumerate() {
+        group.now = UnixMillis(now);
+        let seq = group.commit(&[("a", BLOCK, &noise(100_000, i as u64))]).await;
+        let (record, _) = group.state.log().read(seq).await.expect("readable").expect("it is there");
+        assert!(record.time >= last, "{:?} after {last:?}", record.time);
+        last = record.time;
+    }
+    assert!(last >= UnixMillis(1_700_000_000_001));
+    let points = group.state.log().points().await.expect("readable");
+    assert!(points.is_sorted_by_key(|p| p.time));
+}
+
+/// A draft is opened without looking at its entries: there may be 20 GB of them, and an agent waits.
+#[tokio::test]
+async fn a_draft_is_found_again_without_reading_its_pages() {
+    let store = Arc::new(FaultStore::new(MemStore::new(), 1));
+    let mut group = TestGroup::new(store.clone(), 1 << 20).await;
+    let page = BLOCK as usize * 1024;
+    let mut bytes = vec![0; 6 * page];
+    for at in (0..6).map(|i| i * page + 5) {
+        bytes[at..at + 200_000].copy_from_slice(&noise(200_000, at as u64));
+    }
+    group.leave_draft(&[("a", BLOCK, &bytes)]).await;
+    let (store_of, keys) = (group.state.log().store().clone(), group.state.log().keys());
+    let known = group.state.known.as_mut().expect("just used");
+    let exact = known.draft.max_capture;
+    let geometry = Geometry::new(BLOCK, bytes.len() as u64).expect("legal");
+    let volumes = vec![(VolumeSlot(0), geometry)];
+    let target = FoldTarget { store: store_of, keys, binding: known.draft.binding, volumes };
+    let mut ids = IdSource::new(LogSeq(0), Generation(1), 77);
+    known.draft.fold(&target, &mut ids).await.expect("it folds");
+    let pages = known.draft.pages().await.expect("readable");
+    group.state.forget();
+    let before = store.trace().len();
+    let known = group.state.refresh().await.expect("readable");
+    let trace = store.trace();
+    let reads = trace[before..].iter().filter(|s| s.verb != Verb::List && s.key.contains("/maps/")).count();
+    assert_eq!(known.draft.deltas.len(), 1);
+    assert!(reads <= 3, "head, rows and reach, and no page: {:?}", &trace[before..]);
+    assert!(known.draft.max_capture >= exact && known.end_capture > known.draft.max_capture);
+    assert_eq!(known.draft.pages().await.expect("readable"), pages);
 }
