@@ -24,6 +24,8 @@ use crate::state::{Joined, StateDir, StateError};
 /// How long an answer of the receiver may take. One that waits for its store says so meanwhile, which counts as one.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// A certificate is renewed when two thirds of its life are over, milliseconds.
+const RENEWED_BELOW: i64 = AGENT_LIFE.as_millis() as i64 / 3;
 /// A connection attempt that is not answered for so long gets company: longer than a round trip on a bad path.
 const NEXT_ATTEMPT: Duration = Duration::from_secs(3);
 
@@ -86,22 +88,30 @@ pub struct Connected {
 /// Connects as the agent that joined. Renews the certificate where two thirds of its life are over.
 pub async fn connect(state: &StateDir, joined: &Joined, address: Option<&str>) -> Result<Connected, SessionError> {
     let mut connected = connect_once(state, address.unwrap_or(&joined.receiver)).await?;
-    let chain = state.chain()?;
-    let identity = agent_identity(&chain[0])?;
-    let left = identity.not_after.0.saturating_sub(unix_millis().0);
-    if left < AGENT_LIFE.as_millis() as i64 / 3 {
-        let expired = left <= 0;
+    let left = certificate_life(state)?;
+    if left < RENEWED_BELOW {
         match renew(state, &mut connected).await {
-            Ok(()) if expired => {
+            // The session must be that of the new certificate: it may last longer than the old one.
+            Ok(()) => {
                 connected.endpoint.close(CloseCode::Done, "").await;
                 connected = connect_once(state, address.unwrap_or(&joined.receiver)).await?;
             }
-            Ok(()) => {}
-            Err(error) if expired => return Err(error),
+            Err(error) if left <= 0 => return Err(error),
             Err(error) => tracing::warn!(%error, "could not renew the certificate; tried again at the next connection"),
         }
     }
     Ok(connected)
+}
+
+/// Milliseconds that are left of the agent's certificate, negative when it has ended.
+fn certificate_life(state: &StateDir) -> Result<i64, SessionError> {
+    let identity = agent_identity(&state.chain()?[0])?;
+    Ok(identity.not_after.0.saturating_sub(unix_millis().0))
+}
+
+/// Whether the certificate should be renewed, which happens at the next [`connect`].
+pub fn renewal_is_due(state: &StateDir) -> Result<bool, SessionError> {
+    Ok(certificate_life(state)? < RENEWED_BELOW)
 }
 
 async fn connect_once(state: &StateDir, address: &str) -> Result<Connected, SessionError> {

@@ -11,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::Context;
 use crate::config::EVERY;
-use crate::connection::{Session, SessionError, connect};
+use crate::connection::{Session, SessionError, connect, renewal_is_due};
 use crate::protect;
 use crate::replicate::{CommitWhen, Round, RoundError, RoundReport};
 use crate::state::{Joined, StateDir, machine_id};
@@ -19,6 +19,8 @@ use crate::status::{RunState, StatusServer};
 
 /// A point is committed at least this often, though nothing changed.
 const AT_LEAST: Duration = Duration::from_secs(3600);
+/// A renewal that failed is tried again this often: ten days are left for it.
+const RENEWAL_INTERVAL: Duration = Duration::from_secs(3600);
 /// The longest wait between two attempts.
 const MAX_BACKOFF: Duration = Duration::from_secs(60);
 /// The same where the receiver can't be reached: an attempt is a few packets, and every second of waiting is one that
@@ -53,6 +55,7 @@ pub async fn run(args: RunArgs, ctx: &Context, out: Output) -> anyhow::Result<Ex
         last_commit: None,
         last_label: None,
         failures: 0,
+        renewal_tried: None,
         status: &status,
     };
     loop {
@@ -85,6 +88,7 @@ struct Service<'a> {
     last_commit: Option<Instant>,
     last_label: Option<Consistency>,
     failures: u32,
+    renewal_tried: Option<Instant>,
     status: &'a StatusServer,
 }
 
@@ -131,9 +135,13 @@ impl Service<'_> {
         if volumes.is_empty() {
             anyhow::bail!("nothing is protected: backhaul-agent protect NAME=PATH");
         }
-        let mut session = match self.session.take() {
+        // A session that lives for weeks must not outlive the certificate that it began with.
+        let renewal_is_due = self.renewal_tried.is_none_or(|t| t.elapsed() >= RENEWAL_INTERVAL)
+            && renewal_is_due(self.state).map_err(RoundError::from)?;
+        let mut session = match self.session.take().filter(|_| !renewal_is_due) {
             Some(session) => session,
             None => {
+                self.renewal_tried = Some(Instant::now());
                 let connecting = connect(self.state, self.joined, self.ctx.config.receiver.as_deref());
                 Session::new(connecting.await.map_err(RoundError::from)?)
             }

@@ -187,8 +187,13 @@ impl ClientCertVerifier for GraceVerifier {
         if !ended {
             return verdict;
         }
-        let then = Duration::from_secs(now.as_secs()).saturating_sub(RENEWAL_GRACE);
-        self.inner.verify_client_cert(end_entity, intermediates, UnixTime::since_unix_epoch(then))
+        let Ok(identity) = agent_identity(end_entity) else { return verdict };
+        let end = Duration::from_millis(identity.not_after.0.max(0) as u64);
+        if Duration::from_secs(now.as_secs()).saturating_sub(end) >= RENEWAL_GRACE {
+            return verdict;
+        }
+        // As on its last day. Any fixed time back would be before its first one: the grace is longer than its life.
+        self.inner.verify_client_cert(end_entity, intermediates, UnixTime::since_unix_epoch(end))
     }
     fn verify_tls12_signature(
         &self,
