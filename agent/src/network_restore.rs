@@ -40,14 +40,18 @@ pub async fn restore(
     progress: &mut Progress,
     warn: impl Fn(&str),
 ) -> Result<RestoreReport, RestoreError> {
+    let started = Instant::now();
     let incoming = Arc::new(Incoming::default());
     let mut asking = Asking::new(control);
     let streams = take_streams(connection, incoming.clone());
-    tokio::select! {
+    let written = tokio::select! {
         biased;
-        done = run(&mut asking, &incoming, request, progress, warn) => done,
-        error = streams => Err(error),
-    }
+        written = write(&mut asking, &incoming, request, progress, warn) => written?,
+        error = streams => return Err(error),
+    };
+    // From here on nothing comes from the receiver, and a connection that breaks breaks nothing.
+    let fetched = (incoming.lock().bytes, asking.bytes);
+    prove(written, request.durability, fetched, started, progress).await
 }
 
 /// What [`restore`] would do; writes nothing. Two phases of progress.
@@ -94,40 +98,57 @@ fn total<T>(jobs: &[Job<T>]) -> u64 {
     jobs.iter().map(|j| j.volume.geometry.length()).sum()
 }
 
-async fn run(
+/// What was written, and waits to be flushed.
+struct Written {
+    opened: ReadOpened,
+    jobs: Vec<(Job<Arc<Target>>, Sums)>,
+}
+
+/// Everything that needs the receiver: compares, fetches, writes.
+async fn write(
     asking: &mut Asking,
     incoming: &Arc<Incoming>,
     request: &RestoreRequest,
     progress: &mut Progress,
     warn: impl Fn(&str),
-) -> Result<RestoreReport, RestoreError> {
-    let started = Instant::now();
+) -> Result<Written, RestoreError> {
     let opened = open(asking, request, warn).await?;
-    let checked = prepare(asking, &opened, request, progress).await?;
-    let mut jobs = Vec::new();
-    for Job { volume, path, ranges, target } in checked {
+    let mut targets = Vec::new();
+    for Job { volume, path, ranges, target } in prepare(asking, &opened, request, progress).await? {
         let target = Arc::new(blocking(move || target.open()).await?);
-        jobs.push(Job { volume, path, ranges, target });
+        targets.push(Job { volume, path, ranges, target });
     }
-    let durability = request.durability;
-    let phase = progress.phase("compare and write", total(&jobs));
-    let mut done = Vec::new();
-    for job in &jobs {
-        incoming.begin(&job.volume, job.target.clone(), durability, &phase);
+    let phase = progress.phase("compare and write", total(&targets));
+    let mut jobs = Vec::new();
+    for job in targets {
+        incoming.begin(&job.volume, job.target.clone(), request.durability, &phase);
         let aim = Aim::Write(job.target.clone());
-        done.push(Comparing::new(asking, incoming, &job.volume, &job.ranges, aim, &phase).run().await?);
+        let sums = Comparing::new(asking, incoming, &job.volume, &job.ranges, aim, &phase).run().await?;
+        jobs.push((job, sums));
     }
     phase.finish();
-    let phase = progress.phase("flush", done.iter().map(Sums::changed).sum());
-    for (job, sums) in jobs.iter().zip(&done) {
+    Ok(Written { opened, jobs })
+}
+
+/// Flushes, and reads everything back. `fetched`: bytes of block records, and of all other messages.
+async fn prove(
+    Written { opened, jobs }: Written,
+    durability: Durability,
+    fetched: (u64, u64),
+    started: Instant,
+    progress: &mut Progress,
+) -> Result<RestoreReport, RestoreError> {
+    let changed = jobs.iter().map(|(_, sums)| sums.changed()).sum();
+    let phase = progress.phase("flush", changed);
+    for (job, sums) in &jobs {
         let target = job.target.clone();
         blocking(move || target.finish(durability)).await?;
         phase.add(sums.changed());
     }
     phase.finish();
-    let phase = progress.phase("read back and compare", total(&jobs));
+    let phase = progress.phase("read back and compare", jobs.iter().map(|(j, _)| j.volume.geometry.length()).sum());
     let (mut from_device, mut verified, mut volumes) = (durability == Durability::Device, 0, Vec::new());
-    for (job, sums) in jobs.iter().zip(&done) {
+    for (job, sums) in &jobs {
         let (digest, bytes, device) = read_back(job, durability, &phase).await?;
         from_device &= device;
         verified += bytes;
@@ -145,10 +166,10 @@ async fn run(
         point: opened.seq.0,
         time: text::time(opened.time),
         consistency: opened.consistency.to_string(),
-        bytes_read: done.iter().map(|s| s.read).sum(),
-        bytes_fetched: incoming.lock().bytes,
-        metadata_bytes: asking.bytes,
-        bytes_written: done.iter().map(Sums::changed).sum(),
+        bytes_read: jobs.iter().map(|(_, sums)| sums.read).sum(),
+        bytes_fetched: fetched.0,
+        metadata_bytes: fetched.1,
+        bytes_written: changed,
         bytes_verified: verified,
         verified: if from_device { "device" } else { "cached" },
         digest: if let [one] = &volumes[..] { Some(one.digest.clone()) } else { None },
