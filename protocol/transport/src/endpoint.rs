@@ -25,6 +25,8 @@ const MAX_PACKET: u16 = 6500;
 const STREAM_WINDOW: u32 = 1 << 20;
 /// Block streams that a peer may have open at once.
 pub const MAX_BLOCK_STREAMS: u32 = 32;
+/// Bytes of a connection id: none is ever guessed or met again.
+const CONNECTION_ID: usize = 12;
 /// UDP buffers asked for; the kernel caps them at net.core.rmem_max and wmem_max.
 const SOCKET_BUFFER: usize = 4 << 20;
 /// A peer that is gone is noticed after this long where nobody is left to say so: the network is cut, the machine is
@@ -62,8 +64,8 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Listens on `address`. `reset_key` is the same at every start: by it a receiver that was killed and started again
-    /// tells agents at their next packet that it knows nothing of their connections.
+    /// Listens on `address`. `reset_key` is the same at every start and no other receiver's: by it a receiver that was
+    /// killed and started again tells agents at their next packet that it knows nothing of their connections.
     pub fn server(
         address: SocketAddr,
         tls: rustls::ServerConfig,
@@ -165,17 +167,15 @@ impl Drop for Endpoint {
     }
 }
 
-/// Signs stateless resets, and recognises connection ids of an earlier start: both must outlive the process, or the
-/// reset of a receiver that was started again is not believed, and the agent waits for the idle timeout.
+/// Signs stateless resets: it must outlive the process, or the reset of a receiver that was started again is not
+/// believed, and the agent waits for the idle timeout.
 struct ResetKey([u8; 32]);
 
 impl ResetKey {
     fn endpoint_config(&self) -> quinn::EndpointConfig {
         let mut config = quinn::EndpointConfig::new(Arc::new(Self(self.0)));
-        let mut ids = [0; 8];
-        ids.copy_from_slice(&blake3::keyed_hash(&self.0, b"connection ids").as_bytes()[..8]);
-        let ids = u64::from_le_bytes(ids);
-        config.cid_generator(move || Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(ids)));
+        // Ids that need no key to be one's own: those of an earlier start are answered too.
+        config.cid_generator(|| Box::new(quinn_proto::RandomConnectionIdGenerator::new(CONNECTION_ID)));
         config
     }
 }
