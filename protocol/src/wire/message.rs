@@ -112,21 +112,24 @@ pub enum ReceiverMessage {
     Waiting(Waiting),
 }
 
-/// The receiver waits for its store.
+/// The receiver waits for its store, or is at work.
 #[derive(Clone, PartialEq, Eq, Debug, Encode, Decode)]
 pub struct Waiting {
     /// For people: what for, and why.
     pub text: String,
     /// Seconds so far.
     pub seconds: u32,
-    /// Seconds after which the receiver gives up.
+    /// Seconds after which the receiver gives up waiting; 0: it is at work, and does not.
     pub limit: u32,
 }
 
 impl std::fmt::Display for Waiting {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { text, seconds, limit } = self;
-        write!(f, "the receiver waits for its store, for {seconds} s so far and up to {limit} s: {text}")
+        match limit {
+            0 => write!(f, "the receiver is still at work, for {seconds} s so far: {text}"),
+            _ => write!(f, "the receiver waits for its store, for {seconds} s so far and up to {limit} s: {text}"),
+        }
     }
 }
 

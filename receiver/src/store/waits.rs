@@ -50,7 +50,7 @@ impl Waits {
     }
 
     /// A call gets no answer, until the returned value is dropped.
-    pub(super) fn begin(&self, waiting: Waiting) -> WaitGuard {
+    pub(crate) fn begin(&self, waiting: Waiting) -> WaitGuard {
         let mut inner = self.lock();
         let due = inner.logged.is_none_or(|at| at.elapsed() >= LOG_EVERY);
         if inner.waiting.is_empty() || due {
@@ -70,7 +70,7 @@ impl Waits {
 
 /// Says that a call waits for as long as it lives.
 #[derive(Debug)]
-pub(super) struct WaitGuard {
+pub(crate) struct WaitGuard {
     waits: Waits,
     id: u64,
 }
