@@ -3,6 +3,7 @@
 //! Read first: [`SegmentWriter::push`], then [`Budget`]. A segment is sealed by size, by number of records, when the
 //! round ends, or when somebody else needs the memory.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use backhaul_protocol::limits::MAX_SEGMENT_RECORDS;
@@ -10,7 +11,7 @@ use backhaul_protocol::record::{HEADER_LEN, RecordHeader};
 use backhaul_protocol::store::key::GroupKeys;
 use backhaul_protocol::store::segment::{DraftBinding, INDEX_ROW_LEN, SegmentBuilder, SegmentRef, VolumeEntry};
 use bytes::Bytes;
-use tokio::sync::{Mutex as AsyncMutex, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Mutex as AsyncMutex, Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::draft::IdSource;
@@ -20,6 +21,9 @@ use crate::store::{Kind, ObjectStore, StoreError};
 const PIECE: usize = 64 << 10;
 /// Segments of one session that are on their way to the store at once: one is sealed while another is written.
 const UPLOADS: usize = 2;
+
+/// One session's share of the budget for indexes that it has not collected: one in so many. Arbitrary.
+const UNCOLLECTED_SHARE: usize = 8;
 
 /// Memory of all open segments and all uploads of the process.
 #[derive(Debug)]
@@ -69,13 +73,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn pieces(permit: Option<&OwnedSemaphorePermit>) -> usize {
+    permit.map_or(0, OwnedSemaphorePermit::num_permits)
+}
+
 /// A stored segment.
 pub type Stored = (SegmentRef, Vec<VolumeEntry>);
 
 /// A stored segment that the draft has not taken yet.
 struct Uploaded {
     stored: Stored,
-    _charged: Option<OwnedSemaphorePermit>,
+    charged: Option<OwnedSemaphorePermit>,
 }
 
 #[derive(Default)]
@@ -119,6 +127,9 @@ pub struct SegmentWriter {
     slots: Arc<Semaphore>,
     uploads: Mutex<JoinSet<Result<Uploaded, StoreError>>>,
     finished: AsyncMutex<()>,
+    /// Pieces that indexes take which nobody collected yet, and who is told when some are.
+    uncollected: AtomicUsize,
+    collected: Notify,
 }
 
 impl std::fmt::Debug for SegmentWriter {
@@ -165,6 +176,8 @@ impl SegmentWriter {
             slots: Arc::new(Semaphore::new(UPLOADS)),
             uploads: Mutex::default(),
             finished: AsyncMutex::new(()),
+            uncollected: AtomicUsize::new(0),
+            collected: Notify::new(),
         });
         budget.enroll(&writer);
         writer
@@ -177,6 +190,7 @@ impl SegmentWriter {
     /// Adds verified records. Waits while the budget is used up or two segments are on their way already, which is what
     /// slows the agent down.
     pub async fn push(self: &Arc<Self>, batch: &[u8], records: &[(RecordHeader, usize)]) {
+        self.wait_for_collection().await;
         // A piece more: where the batch spreads over two segments, both are charged in whole pieces.
         let need = batch.len() + records.len() * INDEX_ROW_LEN + PIECE;
         let permit = self.budget.take(need).await;
@@ -210,6 +224,18 @@ impl SegmentWriter {
         }
     }
 
+    /// Waits while the indexes of stored segments that nobody collects take their share of the budget: a session that does
+    /// not collect stalls itself and nobody else.
+    async fn wait_for_collection(&self) {
+        loop {
+            let collected = self.collected.notified();
+            if self.uncollected.load(Ordering::Acquire) <= self.budget.total / UNCOLLECTED_SHARE {
+                return;
+            }
+            collected.await;
+        }
+    }
+
     /// Sends the open segment to the store although it is not full.
     pub fn seal_open(self: &Arc<Self>) {
         let open = std::mem::take(&mut *lock(&self.open));
@@ -231,7 +257,11 @@ impl SegmentWriter {
             let mut segment = OpenSegment { builder: None, permit: segment.permit };
             drop(segment.settle(sealed.index.len() * size_of::<VolumeEntry>()));
             match result {
-                Ok(()) => Ok(Uploaded { stored: (sealed.reference, sealed.index), _charged: segment.permit }),
+                Ok(()) => {
+                    let charged = segment.permit;
+                    this.uncollected.fetch_add(pieces(charged.as_ref()), Ordering::AcqRel);
+                    Ok(Uploaded { stored: (sealed.reference, sealed.index), charged })
+                }
                 // A random session tag that was used before on this base: nobody else's records are touched.
                 Err(e) if e.kind() == Kind::Exists => Err(e.retryable(true)),
                 Err(e) => Err(e),
@@ -244,9 +274,15 @@ impl SegmentWriter {
         let _one_at_a_time = self.finished.lock().await;
         let mut done = Vec::new();
         while let Some(joined) = { lock(&self.uploads).try_join_next() } {
-            done.push(joined.expect("uploads do not panic")?.stored);
+            done.push(self.take(joined.expect("uploads do not panic")?));
         }
         Ok(done)
+    }
+
+    fn take(&self, uploaded: Uploaded) -> Stored {
+        self.uncollected.fetch_sub(pieces(uploaded.charged.as_ref()), Ordering::AcqRel);
+        self.collected.notify_waiters();
+        uploaded.stored
     }
 
     /// Ends the round: waits until everything is stored.
@@ -263,7 +299,7 @@ impl SegmentWriter {
         let mut uploads = std::mem::take(&mut *lock(&self.uploads));
         let mut stored = Vec::new();
         while let Some(joined) = uploads.join_next().await {
-            stored.push(joined.expect("uploads do not panic")?.stored);
+            stored.push(self.take(joined.expect("uploads do not panic")?));
         }
         Ok(Finished { stored, inline })
     }
@@ -343,5 +379,32 @@ mod tests {
         }
         assert!(began.elapsed() < std::time::Duration::from_secs(2), "{:?}", began.elapsed());
         assert!(hog.open_size() > 0 && other.open_size() > 0, "nobody had to give way");
+    }
+
+    #[tokio::test]
+    async fn who_does_not_collect_stalls_itself_and_nobody_else() {
+        let budget = Budget::new(2 << 20);
+        let (hog, other) = (writer(&budget, 1), writer(&budget, 2));
+        let stalled = tokio::time::timeout(std::time::Duration::from_secs(20), async {
+            for i in 0.. {
+                push_one(&hog, i).await;
+                if i % 50 == 0 {
+                    hog.seal_open();
+                }
+            }
+        });
+        let mut stalled = std::pin::pin!(stalled);
+        tokio::select! {
+            _ = &mut stalled => {}
+            () = tokio::time::sleep(std::time::Duration::from_secs(2)) => {}
+        }
+        assert!(used(&budget) <= budget.total / 2, "{} of {} pieces", used(&budget), budget.total);
+        let work = async {
+            for i in 0..1000 {
+                push_one(&other, i).await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(5), work).await.expect("it has the rest of the budget");
+        assert!(!hog.collect().await.expect("stored").is_empty());
     }
 }

@@ -52,9 +52,13 @@ impl Default for ServerSettings {
     }
 }
 
-/// Connections that have not shown who they are: handshakes, and strangers who may join. 64 KiB of credit each.
-const MAX_STRANGERS: usize = 64;
+/// Handshakes at once. 64 KiB of credit each.
+const MAX_HANDSHAKES: usize = 256;
 /// Of these, from one address. Many agents may be behind one, and a handshake takes milliseconds.
+const MAX_HANDSHAKES_OF_ONE_ADDRESS: usize = 32;
+/// Connections without a certificate, which may join.
+const MAX_STRANGERS: usize = 64;
+/// Of these, from one address.
 const MAX_STRANGERS_OF_ONE_ADDRESS: usize = 32;
 /// Sessions of one agent: its service, and restores beside it. 8 MiB of credit each.
 const MAX_SESSIONS_OF_ONE_AGENT: usize = 8;
@@ -64,21 +68,48 @@ const MAX_SESSIONS_OF_ONE_AGENT: usize = 8;
 pub struct GroupSlot {
     /// Held by the session that writes.
     pub state: Arc<AsyncMutex<GroupState>>,
-    holder: Mutex<Option<Arc<Notify>>>,
+    writer: Mutex<Writer>,
     last_hint: Mutex<Option<Instant>>,
 }
 
 /// The head hint is written at most this often.
 const HINT_INTERVAL: Duration = Duration::from_secs(30);
 
+/// Which session is the group's writer.
+#[derive(Debug, Default)]
+struct Writer {
+    /// Told when a newer one comes.
+    superseded: Option<Arc<Notify>>,
+    /// How many there were.
+    count: u64,
+}
+
 impl GroupSlot {
-    /// Tells the session that writes to give way; the new one is told when a newer one comes.
-    pub fn take_over(&self, own: Arc<Notify>) {
-        let older = lock(&self.holder).replace(own.clone());
+    /// How many writers there were.
+    pub fn writers(&self) -> u64 {
+        lock(&self.writer).count
+    }
+
+    /// Tells the session that writes to give way; the new one is told when a newer one comes. Gives its number.
+    pub fn take_over(&self, own: Arc<Notify>) -> u64 {
+        let mut writer = lock(&self.writer);
+        writer.count += 1;
+        let older = writer.superseded.replace(own.clone());
         if let Some(older) = older.filter(|o| !Arc::ptr_eq(o, &own)) {
             older.notify_one();
         }
+        writer.count
     }
+
+    /// The same, unless there was a newer one since there were so many: an older session must not end it.
+    pub fn take_over_at(&self, count: u64, own: Arc<Notify>) -> bool {
+        let is_newest = lock(&self.writer).count == count;
+        if is_newest {
+            self.take_over(own);
+        }
+        is_newest
+    }
+
     /// Whether the hint may be written again.
     pub fn hint_is_due(&self) -> bool {
         let mut last = lock(&self.last_hint);
@@ -106,7 +137,9 @@ pub struct Shared {
     /// As set.
     pub settings: ServerSettings,
     groups: Mutex<HashMap<GroupId, Arc<GroupSlot>>>,
-    /// Connections of whom is not known yet who they are.
+    /// Connections whose handshake is under way.
+    pub handshakes: Arc<Quota<IpAddr>>,
+    /// Connections without a certificate.
     pub strangers: Arc<Quota<IpAddr>>,
     /// Sessions that are open.
     pub sessions: Arc<Quota<AgentId>>,
@@ -130,7 +163,7 @@ impl Shared {
         let new = || {
             Arc::new(GroupSlot {
                 state: Arc::new(AsyncMutex::new(GroupState::new(shared.catalog.log(group)))),
-                holder: Mutex::default(),
+                writer: Mutex::default(),
                 last_hint: Mutex::default(),
             })
         };
@@ -170,6 +203,23 @@ impl Drop for SlotInUse {
     }
 }
 
+/// Whose a connection is, as far as an address tells: of IPv6 the network, in which one host may have any address.
+pub fn origin(address: SocketAddr) -> IpAddr {
+    match address.ip().to_canonical() {
+        IpAddr::V6(ip) => IpAddr::V6((u128::from(ip) & (u128::MAX << 64)).into()),
+        v4 => v4,
+    }
+}
+
+/// The same at every start of this receiver. One of the same authority on another machine has another: it would sign
+/// resets for connections that are not its own.
+fn reset_key(authority: &Authority) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_keyed(&authority.reset_key());
+    // Where there is none, resets are still this authority's.
+    hasher.update(&std::fs::read("/etc/machine-id").unwrap_or_default());
+    *hasher.finalize().as_bytes()
+}
+
 /// A receiver that listens.
 pub struct Server {
     endpoint: Endpoint,
@@ -181,7 +231,7 @@ impl Server {
     pub fn bind(catalog: Catalog, authority: Authority, settings: ServerSettings) -> Result<Self, TransportError> {
         let own = authority.issue_receiver(SystemTime::now())?;
         let tls = server_config(&authority, own)?;
-        let endpoint = Endpoint::server(settings.listen, tls, Windows::UNKNOWN_PEER, authority.reset_key())?;
+        let endpoint = Endpoint::server(settings.listen, tls, Windows::UNKNOWN_PEER, reset_key(&authority))?;
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
         let resources = RoundResources {
             budget: Budget::new(settings.memory),
@@ -198,6 +248,7 @@ impl Server {
             resources,
             settings,
             groups: Mutex::default(),
+            handshakes: Quota::new(MAX_HANDSHAKES, MAX_HANDSHAKES_OF_ONE_ADDRESS),
             strangers: Quota::new(MAX_STRANGERS, MAX_STRANGERS_OF_ONE_ADDRESS),
             sessions,
             session_numbers: AtomicU64::new(1),
@@ -222,13 +273,13 @@ impl Server {
                     let Some(incoming) = incoming else { break };
                     // Under load strangers must show that they receive what is sent to their address; until then they
                     // cost nothing.
-                    let crowded = self.shared.strangers.inside() >= MAX_STRANGERS_OF_ONE_ADDRESS / 2;
+                    let crowded = self.shared.handshakes.inside() >= MAX_HANDSHAKES_OF_ONE_ADDRESS / 2;
                     if crowded && !incoming.remote_address_validated() {
                         let _ = incoming.retry();
                         continue;
                     }
-                    let Ok(ticket) = self.shared.strangers.enter(incoming.remote_address().ip()) else {
-                        tracing::info!(from = %incoming.remote_address(), "too many strangers: refused a connection");
+                    let Ok(ticket) = self.shared.handshakes.enter(origin(incoming.remote_address())) else {
+                        tracing::info!(from = %incoming.remote_address(), "too many handshakes: refused a connection");
                         incoming.refuse();
                         continue;
                     };

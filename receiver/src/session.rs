@@ -19,8 +19,9 @@ use backhaul_transport::tls::{AgentIdentity, agent_identity};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::access;
+use crate::notices::Busy;
 use crate::quota::{Full, Ticket};
-use crate::server::Shared;
+use crate::server::{self, Shared};
 use agent::{Heard, Session};
 
 /// A stranger has this long to say what it wants.
@@ -30,6 +31,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const GRACE: Duration = Duration::from_secs(5);
 /// A receiver that shuts down is in less of a hurry, and its service manager waits 90 s.
 const GRACE_AT_SHUTDOWN: Duration = Duration::from_secs(15);
+/// What is under way when its agent has gone has this long to finish: a commit, usually. Nobody waits for anything else.
+const GONE: Duration = Duration::from_secs(60);
 /// A look-up of a revocation that takes longer is begun anew; a store that hangs must not delay the next one.
 const LOOK_UP: Duration = Duration::from_secs(5);
 
@@ -41,7 +44,7 @@ fn refusal(reason: Reason, text: impl Into<String>) -> Refusal {
 pub async fn run(
     shared: Arc<Shared>,
     incoming: quinn::Incoming,
-    stranger: Ticket<IpAddr>,
+    handshake: Ticket<IpAddr>,
     shutdown: watch::Receiver<bool>,
 ) {
     let from = incoming.remote_address();
@@ -54,7 +57,8 @@ pub async fn run(
         },
         Err(error) => return tracing::info!(%from, %error, "handshake failed"),
     };
-    let code = match serve(&shared, &connection, stranger, shutdown).await {
+    drop(handshake);
+    let code = match serve(&shared, &connection, shutdown).await {
         Ok(code) => code,
         Err(error) => {
             tracing::info!(%from, number, %error, "session ended");
@@ -75,20 +79,26 @@ pub async fn run(
 async fn serve(
     shared: &Arc<Shared>,
     connection: &quinn::Connection,
-    stranger: Ticket<IpAddr>,
     shutdown: watch::Receiver<bool>,
 ) -> Result<CloseCode, TransportError> {
-    let welcome = tokio::time::timeout(PATIENCE, control::welcome(connection));
-    let (sender, mut receiver) = welcome.await.map_err(|_| TransportError::Timeout(PATIENCE))??;
     let identity = connection.peer_identity().and_then(|any| {
         let chain = any.downcast::<Vec<rustls_pki_types::CertificateDer<'static>>>().ok()?;
         chain.first().cloned()
     });
+    let ticket = match identity {
+        Some(_) => None,
+        None => Some(shared.strangers.enter(server::origin(connection.remote_address())).map_err(|_| {
+            TransportError::Stream("there are as many connections without a certificate as there may be".into())
+        })?),
+    };
+    let welcome = tokio::time::timeout(PATIENCE, control::welcome(connection));
+    let (sender, mut receiver) = welcome.await.map_err(|_| TransportError::Timeout(PATIENCE))??;
     let Some(certificate) = identity else {
-        return serve_stranger(shared, sender, &mut receiver).await;
+        let served = serve_stranger(shared, sender, &mut receiver).await;
+        drop(ticket);
+        return served;
     };
     let identity = agent_identity(&certificate)?;
-    drop(stranger);
     serve_agent(shared, connection, identity, sender, receiver, shutdown).await
 }
 
@@ -140,7 +150,8 @@ async fn serve_agent(
         }
         sender.finish();
     });
-    let notices = crate::notices::tell(shared.catalog.store.waits(), out.clone());
+    let busy = Busy::default();
+    let notices = crate::notices::tell(shared.catalog.store.waits(), busy.clone(), out.clone());
     let (inbox, mut messages) = mpsc::channel(16);
     let reader = tokio::spawn(async move {
         loop {
@@ -161,9 +172,9 @@ async fn serve_agent(
         }
     };
     connection.set_receive_window(quinn::VarInt::from_u32(Windows::BLOCKS.receive));
-    let mut session = Session::new(shared.clone(), identity, known, connection.clone(), out.clone());
+    let mut session = Session::new(shared.clone(), identity, known, connection.clone(), out.clone(), busy);
     let (stop, stopping) = watch::channel(None);
-    let reason = reason_to_end(shared, &identity, session.superseded(), &mut shutdown);
+    let reason = reason_to_end(shared, &identity, connection, session.superseded(), &mut shutdown);
     let result = {
         let mut work = std::pin::pin!(session.work(&mut messages, stopping));
         tokio::select! {
@@ -193,10 +204,12 @@ async fn serve_agent(
     result.map(|_| code)
 }
 
-/// Waits until the session must end whatever it is doing: it was taken over, its agent was revoked, the server stops.
+/// Waits until the session must end whatever it is doing: it was taken over, its agent was revoked or has gone, the
+/// server stops.
 async fn reason_to_end(
     shared: &Shared,
     identity: &AgentIdentity,
+    connection: &quinn::Connection,
     superseded: Arc<Notify>,
     shutdown: &mut watch::Receiver<bool>,
 ) -> CloseCode {
@@ -205,7 +218,14 @@ async fn reason_to_end(
         () = stopped(shutdown) => CloseCode::ShuttingDown,
         () = superseded.notified() => CloseCode::Superseded,
         () = revoked(shared, identity) => CloseCode::Revoked,
+        () = gone(connection) => CloseCode::Done,
     }
+}
+
+/// Waits until the agent has been gone for a while: a commit that it asked for may still succeed.
+async fn gone(connection: &quinn::Connection) {
+    connection.closed().await;
+    tokio::time::sleep(GONE).await;
 }
 
 /// Waits until the agent is revoked, and notes now and then that it is here.

@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 
 use super::refusal;
 use crate::access::{self, unix_millis};
+use crate::notices::Busy;
 use crate::read_session::Reading;
 use crate::round::{ABSORB_INTERVAL, GroupState, Round, after_commit};
 use crate::server::{Shared, SlotInUse};
@@ -55,6 +56,7 @@ pub(super) struct Session {
     mode: Mode,
     superseded: Arc<Notify>,
     out: mpsc::Sender<ReceiverMessage>,
+    busy: Busy,
     connection: quinn::Connection,
     streams: JoinSet<()>,
     // The last: nobody may get another state of the group while this session still has one.
@@ -77,6 +79,7 @@ impl Session {
         peer: Peer,
         connection: quinn::Connection,
         out: mpsc::Sender<ReceiverMessage>,
+        busy: Busy,
     ) -> Self {
         Self {
             slot: Shared::slot(&shared, identity.group),
@@ -86,6 +89,7 @@ impl Session {
             mode: Mode::Idle,
             superseded: Arc::new(Notify::new()),
             out,
+            busy,
             connection,
             streams: JoinSet::new(),
         }
@@ -111,7 +115,10 @@ impl Session {
                 biased;
                 code = told_to_end(&mut stop) => return Ok(code),
                 message = messages.recv() => match message {
-                    Some(Ok(Some(message))) => self.handle(message).await,
+                    Some(Ok(Some(message))) => {
+                        let _busy = self.busy.clone().begin();
+                        self.handle(message).await
+                    }
                     Some(Ok(None)) | None => return Ok(CloseCode::Done),
                     Some(Err(error)) => return Err(error),
                 },
@@ -188,27 +195,31 @@ impl Session {
             return Err(refusal(Reason::Denied, "this agent joined with a restore-only token: it can't write"));
         }
         self.leave().await;
-        let mut held = Held { state: self.group_state(&open).await?, is_true: false };
+        let (state, writers) = self.group_state(&open).await?;
+        let mut held = Held { state, is_true: false };
         let (round, opened) = Round::open(&mut held.state, &mut self.sink, &open, &self.shared.resources).await?;
-        self.slot.take_over(self.superseded.clone());
+        if !self.slot.take_over_at(writers, self.superseded.clone()) {
+            return Err(refusal(Reason::Superseded, "a newer session of the same group took over"));
+        }
         self.mode = Mode::Writing { round: Box::new(round), held };
         self.reply(ReceiverMessage::Opened(Box::new(opened))).await;
         self.note_seen().await;
         Ok(())
     }
 
-    /// The group's state, taken over from an older session if there is one. An agent that may not write takes over
-    /// nothing: a booted copy must not disturb the server that it was made from.
-    async fn group_state(&self, open: &Open) -> Result<OwnedMutexGuard<GroupState>, Refusal> {
+    /// The group's state, taken over from an older session if there is one, and how many writers the group had then. An
+    /// agent that may not write takes over nothing: a booted copy must not disturb the server that it was made from.
+    async fn group_state(&self, open: &Open) -> Result<(OwnedMutexGuard<GroupState>, u64), Refusal> {
+        let writers = self.slot.writers();
         if let Ok(state) = self.slot.state.clone().try_lock_owned() {
-            return Ok(state);
+            return Ok((state, writers));
         }
         let (head, _) = self.shared.catalog.log(self.identity.group).head().await.map_err(|e| e.refusal())?;
         Sink::new(self.sink.peer()).open(&head, open)?;
-        self.slot.take_over(self.superseded.clone());
+        let writers = self.slot.take_over(self.superseded.clone());
         let wait = tokio::time::timeout(Duration::from_secs(20), self.slot.state.clone().lock_owned());
         let busy = |_| refusal(Reason::Busy, "an older session of this group is still finishing a commit: come again");
-        wait.await.map_err(busy)
+        Ok((wait.await.map_err(busy)?, writers))
     }
 
     fn view(&self) -> Result<&View, Refusal> {
@@ -292,6 +303,8 @@ impl Session {
             committed = round.commit(&mut held.state, &mut self.sink, self.identity.agent, commit, now) => committed,
             () = accept => unreachable!("accepting never ends"),
         };
+        // What still comes on the streams of the round belongs nowhere, and would be kept for nobody.
+        self.streams.shutdown().await;
         // Where it failed, whatever was thought to be known may be why: the next round reads it from the store again.
         let committed = committed?;
         held.is_true = true;
