@@ -198,7 +198,9 @@ async fn shrinks_and_grows(points: u64) {
         inside.round(&receiving, &state).await.expect("nothing fails");
         image::write(&disk, random.between(0, MIB), &random.bytes(100));
     }
-    for (i, len) in [MIB + 100, 66 * MIB + 5, 65 * MIB + 777, 70 * MIB, 64 * MIB, 66 * MIB, MIB, 2 * MIB].into_iter().enumerate() {
+    for (i, len) in
+        [MIB + 100, 66 * MIB + 5, 65 * MIB + 777, 70 * MIB, 64 * MIB, 66 * MIB, MIB, 2 * MIB].into_iter().enumerate()
+    {
         let shrinks = len < disk.metadata().expect("it is there").len();
         set_len(&disk, len);
         if shrinks {

@@ -14,7 +14,7 @@ use backhaul_protocol::store::log::UnixMillis;
 use backhaul_protocol::wire::frame;
 use backhaul_protocol::wire::hello::agent_hello;
 use backhaul_protocol::wire::message::{
-    AgentMessage, Commit, CommitVolume, Join, Open, OpenRead, PointSpec, ReceiverMessage,
+    AgentMessage, CloseCode, Commit, CommitVolume, Join, Open, OpenRead, PointSpec, ReceiverMessage,
 };
 use backhaul_tests::Random;
 use backhaul_tests::peer::{As, Target, target, target_with};
@@ -232,7 +232,7 @@ async fn commits_that_are_wrong() {
         ("the open nonce", |c| c.nonce = WriterNonce::OPEN),
     ];
     for (what, change) in changes {
-        let (_endpoint, connection) = target.connect(As::Agent).await;
+        let (endpoint, connection) = target.connect(As::Agent).await;
         let (mut sender, mut receiver) = connection.greet().await;
         let mut message = empty_commit(&target, &mut sender, &mut receiver).await;
         change(&mut message);
@@ -241,6 +241,7 @@ async fn commits_that_are_wrong() {
             Ok(Some(ReceiverMessage::Refused(_))) | Err(_) | Ok(None) => {}
             other => panic!("{what}: {other:?}"),
         }
+        endpoint.close(CloseCode::Done, "").await;
     }
     target.unharmed(1);
 }
@@ -260,7 +261,7 @@ async fn offers_that_are_wrong() {
         ("more than the store has", |o| o.high_water = LogSeq(1000)),
     ];
     for (what, change) in changes {
-        let (_endpoint, connection) = target.connect(As::Agent).await;
+        let (endpoint, connection) = target.connect(As::Agent).await;
         let (mut sender, mut receiver) = connection.greet().await;
         let mut open = target.open();
         change(&mut open);
@@ -269,28 +270,29 @@ async fn offers_that_are_wrong() {
             Ok(Some(ReceiverMessage::Refused(_))) | Err(_) | Ok(None) => {}
             other => panic!("{what}: {other:?}"),
         }
-        connection.0.close(0_u32.into(), b"");
+        endpoint.close(CloseCode::Done, "").await;
     }
     // Reading what is not there, and other than asked for.
     for point in [PointSpec::Number(LogSeq(99)), PointSpec::Number(LogSeq(0)), PointSpec::Time(UnixMillis(i64::MIN))] {
-        let (_endpoint, connection) = target.connect(As::Agent).await;
+        let (endpoint, connection) = target.connect(As::Agent).await;
         let (mut sender, mut receiver) = connection.greet().await;
         sender.send(&AgentMessage::OpenRead(OpenRead { point })).await.expect("sent");
         assert!(matches!(receiver.receive().await, Ok(Some(ReceiverMessage::Refused(_)))), "{point:?}");
-        connection.0.close(0_u32.into(), b"");
+        endpoint.close(CloseCode::Done, "").await;
     }
     for (page, blocks) in [(0, vec![255; 127]), (0, vec![255; 129]), (99, vec![255; 128]), (0, Vec::new())] {
-        let (_endpoint, connection) = target.connect(As::Agent).await;
+        let (endpoint, connection) = target.connect(As::Agent).await;
         let (mut sender, mut receiver) = connection.greet().await;
         sender.send(&AgentMessage::OpenRead(OpenRead { point: PointSpec::Latest })).await.expect("sent");
-        assert!(matches!(receiver.receive().await, Ok(Some(ReceiverMessage::ReadOpened(_)))));
+        let answer = receiver.receive().await;
+        assert!(matches!(answer, Ok(Some(ReceiverMessage::ReadOpened(_)))), "{answer:?}");
         sender.send(&AgentMessage::Want { volume: VolumeSlot(0), page, blocks }).await.expect("sent");
         match receiver.receive().await {
             // Beyond the end there is nothing to send.
             Ok(Some(ReceiverMessage::Refused(_) | ReceiverMessage::Sent { records: 0, .. })) => {}
             other => panic!("page {page}: {other:?}"),
         }
-        connection.0.close(0_u32.into(), b"");
+        endpoint.close(CloseCode::Done, "").await;
     }
     target.unharmed(1);
 }

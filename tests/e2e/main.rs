@@ -1,11 +1,8 @@
 //! End to end: the real programs, real QUIC on loopback, real files and devices.
 
 mod bad_input;
-<<<<<<< HEAD
-mod damage;
-=======
 mod certificates;
->>>>>>> 6ef8743 (transport, agent: let in certificates that just ended, and renew on sessions that last)
+mod damage;
 mod devices;
 mod hostile;
 mod identity;
@@ -18,8 +15,5 @@ mod resume;
 mod s3;
 mod service;
 mod targets;
-<<<<<<< HEAD
 mod unwritable;
-=======
 mod versions;
->>>>>>> 6ef8743 (transport, agent: let in certificates that just ended, and renew on sessions that last)

@@ -26,17 +26,14 @@ async fn strangers_take_nobodys_place() {
     let mut target = target();
     let before = resident(target.serving.child.pid());
     let mut open = Vec::new();
-    let mut refused = 0;
     for _ in 0..120 {
-        match target.try_connect(As::Stranger).await {
-            (endpoint, Ok(connection)) => open.push((endpoint, connection)),
-            (_, Err(error)) => {
-                assert!(error.is_retryable(), "{error}");
-                refused += 1;
-            }
-        }
+        let (endpoint, connection) = target.try_connect(As::Stranger).await;
+        open.push((endpoint, connection.expect("who it is shows after the handshake")));
     }
-    assert!(refused > 0 && open.len() >= 16, "{} are in, {refused} were refused", open.len());
+    // The transport refuses nobody who goes on after a handshake: those too many are shown out at once.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    open.retain(|(_, connection)| connection.0.close_reason().is_none());
+    assert!((16..=32).contains(&open.len()), "{} are in", open.len());
     let grown = resident(target.serving.child.pid()).saturating_sub(before);
     assert!(grown < 64 << 20, "{grown} bytes for {} strangers", open.len());
     // They are shown out after a while, and then there is room again.
@@ -68,8 +65,8 @@ async fn one_agent_has_a_bounded_number_of_sessions() {
     let (_endpoint, _connection, _control, answer) = reading(&target).await;
     let Some(ReceiverMessage::Refused(refusal)) = answer else { panic!("{answer:?}") };
     assert!(refusal.reason.is_retryable() && refusal.text.contains("as many sessions as it may have"), "{refusal:?}");
-    for (_, connection, ..) in &open {
-        connection.0.close(0_u32.into(), b"");
+    for (endpoint, ..) in &open {
+        endpoint.close(CloseCode::Done, "").await;
     }
     tokio::time::sleep(Duration::from_millis(200)).await;
     target.unharmed(2);
@@ -84,8 +81,8 @@ async fn a_receiver_has_a_bounded_number_of_sessions() {
     assert!(refusal.text.contains("this receiver has as many sessions"), "{refusal:?}");
     control.0.finish();
     drop(_connection);
-    for (_, connection, ..) in &open {
-        connection.0.close(0_u32.into(), b"");
+    for (endpoint, ..) in &open {
+        endpoint.close(CloseCode::Done, "").await;
     }
     tokio::time::sleep(Duration::from_millis(200)).await;
     target.unharmed(1);

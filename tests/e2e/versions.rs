@@ -53,7 +53,8 @@ fn every_command_says_that_the_store_was_written_by_a_newer_version() {
             false,
         ),
         (newest, vec![words("points"), verify("66"), restore("66"), words(&format!("adopt {GROUP} {id}"))], true),
-        (name, vec![words(&format!("points {GROUP}")), verify("1"), restore("1")], false),
+        // The log tells the name too: what only reads goes on without this object.
+        (name, vec![verify("1")], false),
         (any_map, vec![verify("66"), restore("66")], false),
         (agent_object, vec![words("agents")], true),
     ];
