@@ -117,6 +117,16 @@ number_type!(
     VolumeSlot(u32)
 );
 
+impl LogSeq {
+    /// Numbers end here: object ids have 48 bits for one.
+    pub const END: Self = Self(1 << 48);
+
+    /// Whether any record can have it.
+    pub fn is_possible(self) -> bool {
+        self < Self::END
+    }
+}
+
 /// One session's writing into a draft, in object keys. Never zero.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Encode, Decode, Debug)]
 pub struct SessionTag(pub u32);

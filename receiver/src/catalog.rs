@@ -91,6 +91,17 @@ impl Catalog {
     }
 }
 
+/// What a key that ends in a number has in common with the others of its kind.
+pub(crate) fn numbered_prefix(key: &key::ObjectKey) -> &str {
+    key.as_str().trim_end_matches(|c: char| c.is_ascii_digit())
+}
+
+/// The log number that a key ends in; `None` if no record can have it.
+pub(crate) fn number_of(key: &key::ObjectKey) -> Option<LogSeq> {
+    let digits = &key.as_str()[numbered_prefix(key).len()..];
+    digits.parse().ok().map(LogSeq).filter(|seq| seq.is_possible())
+}
+
 /// The log of one group.
 #[derive(Clone, Debug)]
 pub struct GroupLog {
@@ -130,11 +141,6 @@ impl GroupLog {
         let Some(bytes) = get_optional(&*self.store, &key, MAX_LOG_RECORD).await? else { return Ok(None) };
         let record = Record::parse(self.group(), seq, &bytes).map_err(ReadError::damaged(&key))?;
         Ok(Some((record, Record::hash(&bytes))))
-    }
-
-    /// What the keys of all log records begin with.
-    pub(crate) fn prefix(&self) -> String {
-        self.keys.log(LogSeq(0)).as_str().trim_end_matches(|c: char| c.is_ascii_digit()).to_owned()
     }
 
     async fn exists(&self, seq: LogSeq) -> Result<bool, ReadError> {
@@ -202,10 +208,10 @@ impl GroupLog {
     /// may write into such a gap, or take what lies before it for all there is.
     async fn check_no_gap(&self, newest: LogSeq) -> Result<(), ReadError> {
         let newest_key = self.keys.log(newest);
-        let beyond = self.store.list(&self.prefix(), Some(&newest_key), 2).await?;
+        let beyond = self.store.list(numbered_prefix(&newest_key), Some(&newest_key), 2).await?;
         // The very next one may have been written while this one looked.
-        let next_key = self.keys.log(newest.next());
-        if beyond.iter().any(|(key, _)| *key != next_key) && !self.exists(newest.next()).await? {
+        let mut beyond = beyond.iter().filter_map(|(key, _)| number_of(key));
+        if beyond.any(|seq| seq != newest.next()) && !self.exists(newest.next()).await? {
             return Err(ReadError::Log { seq: newest.next(), what: "it is missing, and there are records after it" });
         }
         Ok(())
@@ -214,24 +220,21 @@ impl GroupLog {
     /// The newest record, its hash, and the newest point.
     pub async fn head(&self) -> Result<(GroupHead, ObjectDigest), ReadError> {
         let seq = self.newest().await?;
-        let lost = ReadError::Log { seq, what: "the record went away" };
-        let (record, hash) = self.read(seq).await?.ok_or(lost)?;
-        let mut at = seq;
-        let mut candidate = Some(record.clone());
+        let lost = |seq| ReadError::Log { seq, what: "the record went away" };
+        let (record, hash) = self.read(seq).await?.ok_or(lost(seq))?;
+        let mut candidate = record.clone();
         let point = loop {
-            match candidate {
-                Some(r) => {
-                    if let Some(point) = r.point() {
-                        break Some((at, point.clone()));
-                    }
-                }
+            let at = candidate.seq;
+            if let Some(point) = candidate.point() {
+                break Some((at, point.clone()));
+            }
+            let Some(before) = at.0.checked_sub(1).map(LogSeq) else { break None };
+            match self.read(before).await? {
+                Some((record, _)) => candidate = record,
+                // What was there before is not known: nobody may write as if there had been nothing.
+                None if before >= self.floor().await? => return Err(lost(before)),
                 None => break None,
             }
-            if at.0 == 0 {
-                break None;
-            }
-            at = LogSeq(at.0 - 1);
-            candidate = self.read(at).await?.map(|(r, _)| r);
         };
         Ok((GroupHead { record, point }, hash))
     }

@@ -3,23 +3,28 @@
 //! Read first: [`History`], then [`GroupLog::find`]. Nothing here ever takes an older point for the latest: where the
 //! record that may be the wanted one can't be read, that is an error that names the next older point.
 
+use std::ops::Range;
+
 use backhaul_cli::text;
 use backhaul_protocol::consistency::Consistency;
+use backhaul_protocol::digest::ObjectDigest;
 use backhaul_protocol::ids::LogSeq;
-use backhaul_protocol::limits::CHECKPOINT_INTERVAL;
 use backhaul_protocol::store::checkpoint::{Checkpoint, PointSummary};
 use backhaul_protocol::store::key::ObjectKey;
 use backhaul_protocol::store::log::{PointBody, Record, UnixMillis};
 use backhaul_protocol::wire::message::PointSpec;
 use tokio::task::JoinSet;
 
-use crate::catalog::{GroupLog, get_optional};
+use crate::catalog::{GroupLog, get_optional, number_of, numbered_prefix};
 use crate::read_error::ReadError;
 
 /// Longest checkpoint that is read: over 500,000 points of one volume.
 const MAX_CHECKPOINT: usize = 64 << 20;
 /// Log records that are read at once.
 const READ_AHEAD: usize = 16;
+/// Records in a gap of the log that are told one by one; of a longer gap the first ones and the last. A gap that long is
+/// no loss of records but a wrong number somewhere. Arbitrary.
+const MAX_GAP: u64 = 1000;
 /// Records that are looked at one by one for the latest point, before the whole log is read. Arbitrary.
 const LOOK_BACK: u64 = 8;
 
@@ -80,11 +85,11 @@ impl GroupLog {
     /// store; damage is in the result.
     pub async fn history(&self) -> Result<History, ReadError> {
         let mut history = History::default();
-        let Some(newest) = self.extent(&mut history).await? else { return Ok(history) };
-        let (mut previous, from) = self.checkpoint(newest, &mut history).await?;
-        for start in (from..=newest.0).step_by(READ_AHEAD) {
+        let extent = self.extent(&mut history).await?;
+        let (mut previous, from) = self.checkpoint(&mut history).await?;
+        for numbers in extent.numbers(from).chunks(READ_AHEAD) {
             let mut reads = JoinSet::new();
-            for seq in (start..=(start + READ_AHEAD as u64 - 1).min(newest.0)).map(LogSeq) {
+            for &seq in numbers {
                 let log = self.clone();
                 reads.spawn(async move { (seq, log.read(seq).await) });
             }
@@ -111,35 +116,32 @@ impl GroupLog {
         Ok(history)
     }
 
-    /// The newest number there is or was; `None` if there is no record at all.
-    async fn extent(&self, history: &mut History) -> Result<Option<LogSeq>, ReadError> {
+    /// Which numbers there are or were.
+    async fn extent(&self, history: &mut History) -> Result<Extent, ReadError> {
         let hint = match self.hint().await {
-            Ok(hint) => hint.unwrap_or_default(),
+            Ok(hint) => hint,
             Err(e) if e.is_damage() => {
                 history.aside.push(e);
-                LogSeq(0)
+                None
             }
             Err(e) => return Err(e),
         };
-        let newest = match self.newest_from(hint).await {
-            Ok(newest) => newest,
+        match self.newest_from(hint.unwrap_or_default()).await {
+            Ok(newest) => Ok(Extent { listed: vec![0..newest.0 + 1], hint }),
             Err(e) if e.is_damage() => {
                 if let Err(e) = self.floor().await {
                     history.aside.push(e);
                 }
-                match self.last_listed().await? {
-                    Some(last) => last,
-                    // Stopped after the name and before the log: a group that is still empty.
-                    None if self.is_untouched().await? => return Ok(None),
-                    None => {
-                        history.unreadable.push((LogSeq(0), e));
-                        return Ok(None);
-                    }
+                let listed = self.listed().await?;
+                // Stopped after the name and before the log: a group that is still empty.
+                if listed.is_empty() && !self.is_untouched().await? {
+                    history.unreadable.push((LogSeq(0), e));
                 }
+                let hint = hint.filter(|_| !listed.is_empty());
+                Ok(Extent { listed, hint })
             }
-            Err(e) => return Err(e),
-        };
-        Ok(Some(newest.max(hint)))
+            Err(e) => Err(e),
+        }
     }
 
     async fn is_untouched(&self) -> Result<bool, ReadError> {
@@ -147,39 +149,46 @@ impl GroupLog {
         Ok(self.store().list(&any, None, 1).await?.is_empty())
     }
 
-    /// The highest number among the keys. For logs with gaps: a list costs a request for 1000 records.
-    async fn last_listed(&self) -> Result<Option<LogSeq>, ReadError> {
-        let prefix = self.prefix();
-        let mut last: Option<ObjectKey> = None;
+    /// The numbers among the keys of log records. For logs with gaps: a list costs a request for 1000 records.
+    async fn listed(&self) -> Result<Vec<Range<u64>>, ReadError> {
+        let mut found: Vec<Range<u64>> = Vec::new();
+        for key in self.list(&self.keys().log(LogSeq(0))).await? {
+            match (number_of(&key), found.last_mut()) {
+                (Some(seq), Some(last)) if last.end == seq.0 => last.end += 1,
+                (Some(seq), _) => found.push(seq.0..seq.0 + 1),
+                (None, _) => {}
+            }
+        }
+        Ok(found)
+    }
+
+    /// All keys that end in a number, as this one does.
+    async fn list(&self, one: &ObjectKey) -> Result<Vec<ObjectKey>, ReadError> {
+        let prefix = numbered_prefix(one);
+        let mut keys: Vec<ObjectKey> = Vec::new();
         loop {
-            let page = self.store().list(&prefix, last.as_ref(), 1000).await?;
-            let whole = page.len() == 1000;
-            last = page.into_iter().next_back().map(|(key, _)| key).or(last);
-            if !whole {
-                return Ok(last.and_then(|key| key.as_str()[prefix.len()..].parse().ok()).map(LogSeq));
+            let page = self.store().list(prefix, keys.last(), 1000).await?;
+            let is_last = page.len() < 1000;
+            keys.extend(page.into_iter().map(|(key, _)| key));
+            if is_last {
+                return Ok(keys);
             }
         }
     }
 
     /// Points, hash and number of the newest checkpoint that can be read: where to go on reading.
-    async fn checkpoint(
-        &self,
-        newest: LogSeq,
-        history: &mut History,
-    ) -> Result<(Option<backhaul_protocol::digest::ObjectDigest>, u64), ReadError> {
-        let mut at = newest.0 / CHECKPOINT_INTERVAL * CHECKPOINT_INTERVAL;
-        while at > 0 {
-            let key = self.keys().checkpoint(LogSeq(at));
+    async fn checkpoint(&self, history: &mut History) -> Result<(Option<ObjectDigest>, u64), ReadError> {
+        for key in self.list(&self.keys().checkpoint(LogSeq(0))).await?.into_iter().rev() {
+            let Some(at) = number_of(&key) else { continue };
             if let Some(bytes) = get_optional(&**self.store(), &key, MAX_CHECKPOINT).await? {
-                match Checkpoint::parse(self.group(), LogSeq(at), &bytes) {
+                match Checkpoint::parse(self.group(), at, &bytes) {
                     Ok(checkpoint) => {
                         history.points = checkpoint.points;
-                        return Ok((Some(checkpoint.hash), at + 1));
+                        return Ok((Some(checkpoint.hash), at.0 + 1));
                     }
                     Err(cause) => history.aside.push(ReadError::Damaged { key, cause }),
                 }
             }
-            at -= CHECKPOINT_INTERVAL;
         }
         Ok((None, 0))
     }
@@ -276,6 +285,33 @@ impl GroupLog {
             ReadError::Point { cause, .. } => self.object_of(cause),
             other => crate::salvage::object_of(other),
         }
+    }
+}
+
+/// Which numbers of a log there are, and what the hint says.
+struct Extent {
+    /// Numbers of records, ascending.
+    listed: Vec<Range<u64>>,
+    /// The newest number there was at some time.
+    hint: Option<LogSeq>,
+}
+
+impl Extent {
+    /// The numbers to read from `from` on: those that are there, and those that should be.
+    fn numbers(&self, from: u64) -> Vec<LogSeq> {
+        let hint = self.hint.map(|hint| hint.0..hint.0 + 1);
+        let mut out = Vec::new();
+        let mut next = from;
+        for range in self.listed.iter().cloned().chain(hint).filter(|r| r.end > from) {
+            let start = range.start.max(from);
+            if next < start {
+                out.extend(next..start.min(next + MAX_GAP));
+                out.extend((start - next > MAX_GAP).then_some(start - 1));
+            }
+            out.extend(start.max(next)..range.end);
+            next = next.max(range.end);
+        }
+        out.into_iter().map(LogSeq).collect()
     }
 }
 

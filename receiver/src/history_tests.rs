@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use backhaul_protocol::ids::{AgentId, CommitId};
+use backhaul_protocol::store::log::{Body, PromoteBody};
 use bytes::Bytes;
 
 use super::*;
@@ -155,4 +157,49 @@ async fn what_is_not_there_is_told_with_what_is() {
         let error = log.find(spec).await.expect_err("there is none");
         assert!(matches!(&error, ReadError::NotFound(t) if t.contains(text)), "{error}");
     }
+}
+
+/// Whoever may write to the bucket can put any number anywhere.
+#[tokio::test]
+async fn absurd_numbers_neither_hang_nor_fill_the_memory() {
+    let (store, group) = group(3).await;
+    let log = log(&group).await;
+    let bytes = store.objects()[&log.keys().log(LogSeq(2))].clone();
+    for junk in [LogSeq(u64::MAX), LogSeq(1 << 50), LogSeq(1 << 40)] {
+        let key = log.keys().log(junk);
+        store.tamper(&key, Some(bytes.clone()));
+        let history = log.history().await.expect("the store works");
+        assert_eq!(numbers(&history), [1, 2, 3], "{junk}");
+        assert!(history.unreadable.len() <= 1002, "{}", history.unreadable.len());
+        for seq in 1..=3 {
+            log.find(PointSpec::Number(LogSeq(seq))).await.expect("it is there");
+        }
+        // What can't be a record is none; what could be one is not passed over.
+        assert_eq!(log.find(PointSpec::Latest).await.is_ok(), !junk.is_possible(), "{junk}");
+        assert_eq!(log.head().await.is_ok(), !junk.is_possible(), "{junk}");
+        store.tamper(&key, None);
+    }
+    for hint in [1 << 47, (1 << 48) - 1, 1 << 48, u64::MAX] {
+        log.write_hint(LogSeq(hint)).await.expect("the store works");
+        let history = log.history().await.expect("the store works");
+        assert_eq!(numbers(&history), [1, 2, 3], "{hint}");
+        assert!(history.damage().count() >= 1 && history.unreadable.len() <= 1002, "{}", history.unreadable.len());
+        assert_eq!(log.head().await.expect("the hint is only a hint").0.record.seq, LogSeq(3));
+    }
+}
+
+#[tokio::test]
+async fn nobody_writes_as_if_there_had_been_no_point_before() {
+    let (store, group) = group(2).await;
+    let log = log(&group).await;
+    let (head, previous) = log.head().await.expect("whole");
+    assert_eq!(head.point.expect("a point").0, LogSeq(2));
+    let body = Body::Promote(PromoteBody { agent: AgentId([1; 16]) });
+    let promote = Record { seq: LogSeq(3), previous, commit: CommitId([3; 16]), body, ..head.record };
+    log.append(&promote).await.expect("the store works");
+    assert_eq!(log.head().await.expect("whole").0.point.expect("a point").0, LogSeq(2));
+    store.tamper(&log.keys().log(LogSeq(2)), None);
+    log.write_hint(LogSeq(3)).await.expect("the store works");
+    let error = log.head().await.expect_err("what was before is not known");
+    assert!(matches!(error, ReadError::Log { seq: LogSeq(2), .. }), "{error}");
 }

@@ -7,8 +7,8 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use backhaul_protocol::digest::VolumeDigest;
-use backhaul_protocol::geometry::PageIndex;
+use backhaul_protocol::digest::{BlockDigest, VolumeDigest};
+use backhaul_protocol::geometry::{BlockIndex, PageIndex};
 use backhaul_protocol::ids::Name;
 use backhaul_protocol::store::entry::Page;
 use backhaul_protocol::store::key::GroupKeys;
@@ -49,6 +49,8 @@ pub struct Restoring {
     pub durability: Durability,
     /// What to do about damage.
     pub on_damage: OnDamage,
+    /// Bytes of which nothing can be had, ascending and apart: they are left as they are.
+    pub unknown: Arc<[Range<u64>]>,
     /// Threads that work at once, of all volumes.
     pub threads: Arc<Semaphore>,
 }
@@ -212,11 +214,28 @@ impl Restoring {
                     found
                 }
             };
-            pages.push((index, page, found));
+            pages.push((index, page, self.as_unknown(index, found)));
         }
         let plan = plan_window(self.volume.geometry, self.volume.slot, &pages);
         let lost_bytes = window.lost.iter().map(|l| l.end - l.start).sum();
         Ok(Planned { plan, read, lost: window.lost, lost_bytes })
+    }
+
+    /// The index says nothing of unknown blocks, which means zero: nothing happens to them if they are said to be.
+    fn as_unknown(&self, index: PageIndex, mut found: Found) -> Found {
+        let (geometry, whole) = (self.volume.geometry, page_range(self.volume.geometry, index));
+        if let Found::Digests(digests) = &mut found {
+            let from = self.unknown.partition_point(|r| r.end <= whole.start);
+            for range in self.unknown[from..].iter().take_while(|r| r.start < whole.end) {
+                for (i, digest) in digests.iter_mut().enumerate() {
+                    let block = block_range(geometry, BlockIndex(index.first_block().0 + i as u64));
+                    if range.start <= block.start && block.end <= range.end {
+                        *digest = BlockDigest::ZERO;
+                    }
+                }
+            }
+        }
+        found
     }
 
     /// Completes the target.
@@ -225,11 +244,12 @@ impl Restoring {
         tokio::task::spawn_blocking(move || target.finish(durability)).await.expect("flushing does not panic")
     }
 
-    /// After [`Self::finish`]: reads all of it back and compares with the point; what was lost before may differ.
+    /// After [`Self::finish`]: reads all of it back and compares with the point; what was lost before may differ
+    /// (`gone`: ascending and apart).
     pub async fn verify(
         &self,
         survey: &Survey,
-        lost: &[Lost],
+        gone: &[Range<u64>],
         progress: impl Fn(u64) + Send + Sync + 'static,
     ) -> Result<Verified, RestoreError> {
         let (target, geometry, durability) = (self.target.clone(), self.volume.geometry, self.durability);
@@ -237,14 +257,11 @@ impl Restoring {
         let read = tokio::task::spawn_blocking(move || verify_all(&target, geometry, durability, threads, &progress));
         let read = read.await.expect("verifying does not panic")?;
         let mut ranges = Vec::new();
-        let is_lost = |page: &PageIndex| {
-            let whole = page_range(geometry, *page);
-            lost.iter().any(|l| l.start <= whole.start && whole.end <= l.end)
-        };
-        for page in read.differing(&survey.ranges).into_iter().filter(|p| !is_lost(p)).take(MAX_EXPLAINED) {
-            let found = self.differing_in(page, lost).await?;
+        let is_gone = |page: &PageIndex| is_inside(gone, &page_range(geometry, *page));
+        for page in read.differing(&survey.ranges).into_iter().filter(|p| !is_gone(p)).take(MAX_EXPLAINED) {
+            let found = self.differing_in(page, gone).await?;
             // A page that differed once and is equal when it is read again is no page to trust.
-            if found.is_empty() && lost.is_empty() {
+            if found.is_empty() && gone.is_empty() {
                 ranges.push(page_range(geometry, page));
             }
             ranges.extend(found);
@@ -255,13 +272,8 @@ impl Restoring {
         Ok(Verified { digest: read.digest, bytes: read.bytes, from_device: read.from_device })
     }
 
-    async fn differing_in(&self, page: PageIndex, lost: &[Lost]) -> Result<Vec<Range<u64>>, RestoreError> {
+    async fn differing_in(&self, page: PageIndex, gone: &[Range<u64>]) -> Result<Vec<Range<u64>>, RestoreError> {
         let geometry = self.volume.geometry;
-        let whole = page_range(geometry, page);
-        let is_lost = |r: &Range<u64>| lost.iter().any(|l| l.start <= r.start && r.end <= l.end);
-        if is_lost(&whole) {
-            return Ok(Vec::new());
-        }
         let expected = self.view.page(&self.volume, page).await?.digests();
         let (target, durability) = (self.target.clone(), self.durability);
         let look = move || differing_ranges(&target, geometry, durability, page, &expected);
@@ -271,7 +283,7 @@ impl Restoring {
         let blocks =
             ranges.iter().flat_map(|r| (r.start..r.end).step_by(step as usize).map(|s| s..(s + step).min(r.end)));
         let mut out: Vec<Range<u64>> = Vec::new();
-        for block in blocks.filter(|b| !is_lost(b)) {
+        for block in blocks.filter(|b| !is_inside(gone, b)) {
             match out.last_mut() {
                 Some(last) if last.end == block.start => last.end = block.end,
                 _ => out.push(block),
@@ -279,6 +291,12 @@ impl Restoring {
         }
         Ok(out)
     }
+}
+
+/// Whether one of the ranges, which are ascending and apart, holds all of `what`.
+fn is_inside(ranges: &[Range<u64>], what: &Range<u64>) -> bool {
+    let at = ranges.partition_point(|r| r.end < what.end);
+    ranges.get(at).is_some_and(|r| r.start <= what.start)
 }
 
 /// What was read back.

@@ -5,6 +5,7 @@
 //! The volumes are restored one after the other; none is finished before all are written, so that a group that failed
 //! half-way shows it on every target that was changed.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -27,7 +28,7 @@ use crate::reachable::{blocks_in, missing_segments};
 use crate::read_error::ReadError;
 use crate::rehydrate::{Restoring, Verified, Written};
 use crate::restore_error::RestoreError;
-use crate::salvage::{Lost, OnDamage, OpenedView, behind_holes, join_neighbours, open_view};
+use crate::salvage::{Loss, Lost, OnDamage, OpenedView, behind_holes, join_neighbours, open_view};
 use crate::survey::{Survey, survey};
 use crate::view::{View, ViewVolume};
 
@@ -129,7 +130,7 @@ pub struct VolumeOutcome {
     pub bytes_written: u64,
     /// Bytes of a device behind the volume's end, which stay as they were.
     pub beyond: u64,
-    /// What lost blocks hold now: `zero` or `left as they were`.
+    /// What the blocks hold now of which nothing can be had: `zero` or `left as they were`.
     pub lost_blocks: &'static str,
 }
 
@@ -155,10 +156,14 @@ impl Prepared {
                     return Err(error);
                 }
                 // With a cause that is known already this says nothing new.
-                if survey.lost.is_empty() && damaged.is_empty() {
+                if survey.lost.is_empty() && !damaged.iter().any(|l| l.volume == volume.name.as_str()) {
                     let key = log.keys().log(record.seq).to_string();
-                    damaged.push(Lost::new(&volume.name, 0..volume.geometry.length(), key, error.to_string()));
+                    let lost = Lost::new(&volume.name, 0..volume.geometry.length(), key, error.to_string());
+                    damaged.push(lost.uncertain());
                 }
+            } else {
+                // What is known adds up to the point: nothing else was in what is damaged.
+                damaged.retain(|l| l.volume != volume.name.as_str());
             }
             surveyed.push((volume, path, own.clone(), survey));
         }
@@ -191,6 +196,7 @@ impl Prepared {
         let total: u64 = self.jobs.iter().map(|j| j.volume.geometry.length()).sum();
         let mut open = Vec::new();
         for job in self.jobs {
+            let unknown = gone(&self.damaged, &job.name);
             let checked = job.checked;
             let target = tokio::task::spawn_blocking(move || checked.open()).await.expect("opening does not panic")?;
             let restoring = Restoring {
@@ -202,6 +208,7 @@ impl Prepared {
                 target: Arc::new(target),
                 durability,
                 on_damage: self.request.on_damage,
+                unknown: unknown.into(),
                 threads: threads.clone(),
             };
             open.push((restoring, job.survey, job.path, job.stated));
@@ -225,7 +232,8 @@ impl Prepared {
         let mut verified = Vec::new();
         for ((restoring, survey, ..), done) in open.iter().zip(&written) {
             let own = phase.clone();
-            verified.push(restoring.verify(survey, &done.lost, move |n| own.add(n)).await?);
+            let gone = gone(&done.lost, &restoring.name);
+            verified.push(restoring.verify(survey, &gone, move |n| own.add(n)).await?);
         }
         phase.finish();
         let volumes = open.iter().zip(&written).zip(&verified);
@@ -233,6 +241,21 @@ impl Prepared {
         let head = (&self.request.group, self.point, self.time, self.consistency);
         Ok(outcome(head, durability, self.counting.bytes_read(), written, &verified, volumes, self.started))
     }
+}
+
+/// The ranges of a volume of which nothing can be had.
+fn gone(lost: &[Lost], volume: &Name) -> Vec<Range<u64>> {
+    let own = lost.iter().filter(|l| l.loss == Loss::Gone && l.volume == volume.as_str());
+    let mut ranges: Vec<Range<u64>> = own.map(|l| l.start..l.end).collect();
+    ranges.sort_by_key(|r| (r.start, r.end));
+    ranges.dedup_by(|next, last| {
+        let joined = next.start <= last.end;
+        if joined {
+            last.end = last.end.max(next.end);
+        }
+        joined
+    });
+    ranges
 }
 
 fn volume_outcome(r: &Restoring, stated: VolumeDigest, path: &Path, w: &Written, v: &Verified) -> VolumeOutcome {

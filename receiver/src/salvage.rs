@@ -6,9 +6,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use backhaul_protocol::geometry::{Geometry, PageIndex};
-use backhaul_protocol::ids::{CommitId, Name, VolumeSlot};
+use backhaul_protocol::ids::{CaptureNumber, CommitId, LogSeq, Name, VolumeSlot};
 use backhaul_protocol::record::split_record;
-use backhaul_protocol::store::entry::Content;
 use backhaul_protocol::store::key::{GroupKeys, ObjectId};
 use backhaul_protocol::store::log::PointBody;
 use backhaul_protocol::store::segment::{DraftBinding, RECORDS_START, SegmentBuilder, SegmentRef, VolumeEntry};
@@ -32,6 +31,16 @@ pub enum OnDamage {
     Salvage,
 }
 
+/// What a salvaging restore does about bytes that are lost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Loss {
+    /// Nothing of them can be had: of a new target they are zero, of another they are left as they were.
+    Gone,
+    /// The newest content that can be had is restored, and a newer one may have been in what is damaged.
+    Uncertain,
+}
+
 /// Bytes of a volume that can't be had, or of which that can't be ruled out.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Lost {
@@ -41,6 +50,8 @@ pub struct Lost {
     pub start: u64,
     /// Byte after the last.
     pub end: u64,
+    /// What is restored of them.
+    pub loss: Loss,
     /// Key of the object that is damaged or gone.
     pub object: String,
     /// What is wrong.
@@ -48,14 +59,19 @@ pub struct Lost {
 }
 
 impl Lost {
-    /// Bytes of a volume.
+    /// Bytes of a volume that are gone.
     pub fn new(volume: &Name, range: Range<u64>, object: String, cause: String) -> Self {
-        Self { volume: volume.to_string(), start: range.start, end: range.end, object, cause }
+        Self { volume: volume.to_string(), start: range.start, end: range.end, loss: Loss::Gone, object, cause }
+    }
+
+    /// The same, of which an older content may be had.
+    pub fn uncertain(self) -> Self {
+        Self { loss: Loss::Uncertain, ..self }
     }
 
     /// An object that is about no volume, or by which no byte of one is lost.
     pub fn object(object: String, cause: String) -> Self {
-        Self { volume: String::new(), start: 0, end: 0, object, cause }
+        Self { volume: String::new(), start: 0, end: 0, loss: Loss::Gone, object, cause }
     }
 
     /// A whole page, whose part of a map can't be read.
@@ -84,19 +100,19 @@ pub fn object_of(error: &ReadError) -> String {
 /// Sorts, and joins ranges that touch and have the same cause.
 pub fn join_neighbours(lost: &mut Vec<Lost>) {
     lost.sort_by(|a, b| (&a.volume, a.start).cmp(&(&b.volume, b.start)));
-    let mut out: Vec<Lost> = Vec::with_capacity(lost.len());
-    for next in lost.drain(..) {
-        match out.last_mut() {
-            Some(last)
-                if last.end >= next.start
-                    && (&last.volume, &last.object, &last.cause) == (&next.volume, &next.object, &next.cause) =>
-            {
-                last.end = last.end.max(next.end);
-            }
-            _ => out.push(next),
-        }
-    }
+    let mut out = Vec::with_capacity(lost.len());
+    lost.drain(..).for_each(|next| push_joined(&mut out, next));
     *lost = out;
+}
+
+/// Appends, or joins with the last one.
+fn push_joined(lost: &mut Vec<Lost>, next: Lost) {
+    let same =
+        |a: &Lost, b: &Lost| (&a.volume, a.loss, &a.object, &a.cause) == (&b.volume, b.loss, &b.object, &b.cause);
+    match lost.last_mut() {
+        Some(last) if last.end >= next.start && same(last, &next) => last.end = last.end.max(next.end),
+        _ => lost.push(next),
+    }
 }
 
 /// For people, in one line.
@@ -121,12 +137,20 @@ fn list(texts: impl Iterator<Item = String>, count: usize) -> String {
 /// A part of a point's index that can't be read: what it named is not known.
 #[derive(Clone, Debug)]
 pub struct Hole {
-    /// Which map or segment.
-    id: ObjectId,
     /// Of which volume it is; `None`: maybe of all.
     slot: Option<VolumeSlot>,
+    /// It holds no record of a higher capture.
+    up_to: CaptureNumber,
     /// What is wrong.
     error: ReadError,
+}
+
+impl Hole {
+    /// That no block is lost by it.
+    pub fn harmless(&self) -> Lost {
+        let cause = format!("{}; all blocks are known without it, and none is lost", self.error);
+        Lost::object(object_of(&self.error), cause)
+    }
 }
 
 /// A point whose index may be damaged.
@@ -154,7 +178,7 @@ pub async fn open_view(log: &GroupLog, point: &PointBody) -> Result<OpenedView, 
             Some(map) => match MapReader::open(store.clone(), keys, map).await {
                 Ok(map) => Some(Arc::new(map)),
                 Err(error) if error.is_damage() => {
-                    holes.push(Hole { id: map.id, slot: Some(v.slot), error });
+                    holes.push(hole(log, point, map.id, Some(v.slot), error).await?);
                     None
                 }
                 Err(e) => return Err(e),
@@ -165,7 +189,7 @@ pub async fn open_view(log: &GroupLog, point: &PointBody) -> Result<OpenedView, 
     for map in &point.deltas {
         match MapReader::open(store.clone(), keys, *map).await {
             Ok(map) => view.deltas.push(Arc::new(map)),
-            Err(error) if error.is_damage() => holes.push(Hole { id: map.id, slot: None, error }),
+            Err(error) if error.is_damage() => holes.push(hole(log, point, map.id, None, error).await?),
             Err(e) => return Err(e),
         }
     }
@@ -179,7 +203,7 @@ pub async fn open_view(log: &GroupLog, point: &PointBody) -> Result<OpenedView, 
                     let cause = format!("{error}; its index can be made anew from its records, and no block is lost");
                     mended.push(Lost::object(object_of(&error), cause));
                 }
-                None => holes.push(Hole { id: segment.id, slot: None, error }),
+                None => holes.push(hole(log, point, segment.id, None, error).await?),
             },
             Err(e) => return Err(e),
         }
@@ -188,17 +212,53 @@ pub async fn open_view(log: &GroupLog, point: &PointBody) -> Result<OpenedView, 
     Ok(OpenedView { view, holes, mended })
 }
 
-/// The blocks of a volume that a hole may have named: those of which nothing at least as new is known. Reads the whole
-/// index of the volume. Some of them may be whole in truth, above all blocks that are zero.
+/// Points after the base of a hole's draft that are looked at for the one that brought it: usually it is the first.
+/// Others than points may lie between, and records that can't be read. Arbitrary.
+const LOOK_FOR_ORIGIN: u64 = 16;
+
+/// The first point that names what is damaged tells the highest capture in it: captures count up from point to point.
+async fn hole(
+    log: &GroupLog,
+    point: &PointBody,
+    id: ObjectId,
+    slot: Option<VolumeSlot>,
+    error: ReadError,
+) -> Result<Hole, ReadError> {
+    let mut up_to = point.max_capture;
+    let first = if id.is_inline() { id.seq } else { id.seq.next() };
+    for seq in (first.0..first.0.saturating_add(LOOK_FOR_ORIGIN)).map(LogSeq) {
+        match log.read(seq).await {
+            Ok(Some((record, _))) => match record.point() {
+                Some(found) if names(found, id) => {
+                    up_to = up_to.min(found.max_capture);
+                    break;
+                }
+                _ => {}
+            },
+            Ok(None) => {}
+            Err(e) if e.is_damage() => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(Hole { slot, up_to, error })
+}
+
+fn names(point: &PointBody, id: ObjectId) -> bool {
+    let maps = point.volumes.iter().filter_map(|v| v.base.as_ref()).chain(&point.deltas);
+    maps.map(|m| m.id).chain(point.segments.iter().map(|s| s.id)).any(|named| named == id)
+}
+
+/// The blocks of a volume that a hole may have named: those of which nothing newer is known. Reads the whole index of
+/// the volume. Some of them may be whole in truth, above all blocks that are zero.
 pub async fn behind_holes(
     view: &View,
     volume: &ViewVolume,
     name: &Name,
     holes: &[Hole],
 ) -> Result<Vec<Lost>, ReadError> {
-    let mut lost = Vec::new();
+    let mut all = Vec::new();
     for hole in holes.iter().filter(|h| h.slot.is_none_or(|slot| slot == volume.slot)) {
-        let cause = format!("{}; {UNKNOWN}", hole.error);
+        let mut lost = Vec::new();
         for index in (0..volume.geometry.pages()).map(PageIndex) {
             let page = match view.page(volume, index).await {
                 Ok(page) => page,
@@ -207,32 +267,24 @@ pub async fn behind_holes(
                 Err(e) => return Err(e),
             };
             for (block, held) in page.blocks() {
-                let known = match held {
-                    None => false,
-                    Some((_, Content::Data { location, .. })) => is_newer(location.object, hole.id),
-                    // Where zeroes were noted is not known: only that something was.
-                    Some((_, Content::Zero)) => true,
+                let range = block_range(volume.geometry, block);
+                let of = |what: &str| {
+                    let cause = format!("{}; which blocks it held is not known, and of this one {what}", hole.error);
+                    Lost::new(name, range, object_of(&hole.error), cause)
                 };
-                if !known {
-                    let range = block_range(volume.geometry, block);
-                    lost.push(Lost::new(name, range, object_of(&hole.error), cause.clone()));
+                match held {
+                    Some((capture, _)) if capture > hole.up_to => {}
+                    Some(_) => push_joined(&mut lost, of("nothing newer is").uncertain()),
+                    // What a base map does not name was zero when it was written.
+                    None if volume.base.is_some() => push_joined(&mut lost, of("nothing newer is").uncertain()),
+                    None => push_joined(&mut lost, of("nothing else is")),
                 }
             }
-            join_neighbours(&mut lost);
         }
+        all.append(&mut lost);
     }
-    Ok(lost)
+    Ok(all)
 }
-
-/// Whether a record in `known` is newer than any of the same block in `hole`: a session sends a block once. Of two
-/// sessions on the same base it is not known which came first.
-fn is_newer(known: ObjectId, hole: ObjectId) -> bool {
-    let same_session = (known.seq, known.generation, known.session) == (hole.seq, hole.generation, hole.session);
-    // Inline records bear the number of their own record, segments that of the one before.
-    known.seq > hole.seq || same_session || hole.is_inline() && known.seq == hole.seq
-}
-
-const UNKNOWN: &str = "which blocks it held is not known, and of this one nothing newer is";
 
 /// The index of a segment from its records, which tell it all: `None` unless it is the very one that the point names.
 async fn rebuild_index(
@@ -260,3 +312,7 @@ async fn rebuild_index(
     let same = rest.is_empty() && sealed.reference.index_digest == reference.index_digest;
     Ok(same.then_some(sealed.index))
 }
+
+#[cfg(test)]
+#[path = "salvage_tests.rs"]
+mod tests;

@@ -21,7 +21,7 @@ use crate::fetch::{FetchError, Fetched, Fetcher, Purpose};
 use crate::plan::reads::{MAX_READ, Wanted, plan_reads};
 use crate::plan::restore::{RESTORE_GAP, window_pages};
 use crate::read_error::ReadError;
-use crate::salvage::{Lost, OpenedView, behind_holes, join_neighbours, object_of, open_view};
+use crate::salvage::{Hole, Lost, OpenedView, behind_holes, join_neighbours, object_of, open_view};
 use crate::view::{View, ViewVolume};
 use crate::whole::check_objects;
 
@@ -188,19 +188,25 @@ async fn check_volumes(
     let OpenedView { view, holes, mended: mut lost } = open_view(&scrub.log, point).await?;
     for stated in volumes {
         let Some(own) = view.volume(stated.slot) else { continue };
-        lost.extend(behind_holes(&view, own, &stated.name, &holes).await?);
+        let behind = behind_holes(&view, own, &stated.name, &holes).await?;
         let mut pass = Pass::new(scrub, stated, own, &view);
         pass.run(phase).await?;
         let sum = VolumeDigester::of(stated.geometry, &pass.ranges);
         let matches = sum == stated.digest;
-        if !matches && holes.is_empty() && pass.lost.is_empty() {
+        if !matches && behind.is_empty() && pass.lost.is_empty() {
             let cause = format!("the block digests add up to {sum}, and the point states {}", stated.digest);
             let key = scrub.log.keys().log(record.seq).to_string();
             pass.lost.push(Lost::new(&stated.name, 0..stated.geometry.length(), key, cause));
         }
         reports.push(pass.report(matches));
         lost.append(&mut pass.lost);
+        // Where the digests add up to what the point states, nothing else was in the holes.
+        if !matches {
+            lost.extend(behind);
+        }
     }
+    let harmless = holes.iter().map(Hole::harmless).filter(|h| !lost.iter().any(|l| l.object == h.object));
+    lost.extend(harmless.collect::<Vec<_>>());
     if scrub.share.is_whole() {
         for error in check_objects(&scrub.log, point, &view).await? {
             let object = scrub.log.object_of(&error);

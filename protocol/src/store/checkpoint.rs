@@ -142,6 +142,9 @@ pub fn read_seq(kind: Kind, bytes: &[u8]) -> Result<LogSeq, FormatError> {
     let mut r = envelope::open(kind, bytes)?;
     let seq = LogSeq(r.u64("seq")?);
     r.finish()?;
+    if !seq.is_possible() {
+        return Err(FieldError::Value("seq").into());
+    }
     Ok(seq)
 }
 

@@ -15,7 +15,7 @@ use crate::fetch::FetchError;
 use crate::read_error::ReadError;
 use crate::restore::{Outcome, Prepared, Request};
 use crate::restore_error::RestoreError;
-use crate::salvage::{Lost, OnDamage};
+use crate::salvage::{Loss, Lost, OnDamage};
 use crate::store::StoreUrl;
 
 /// Lost ranges that the text lists.
@@ -224,13 +224,16 @@ fn describe(o: &Outcome) -> String {
         text::duration(std::time::Duration::from_secs_f64(o.seconds))
     ));
     if !o.lost.is_empty() {
-        lines.push(format!("LOST {} ranges; everything else was restored, and is equal:", o.lost.len()));
+        lines.push(format!(
+            "LOST {} ranges, gone or maybe older than the point; everything else was restored, and is equal:",
+            o.lost.len()
+        ));
         lines.extend(o.lost.iter().take(MAX_LINES).map(lost_line));
         if o.lost.len() > MAX_LINES {
             lines.push(format!("  and {} more: --json lists all", o.lost.len() - MAX_LINES));
         }
         for v in &o.volumes {
-            lines.push(format!("  lost blocks of {} on {}: {}", v.name, v.target, v.lost_blocks));
+            lines.push(format!("  what is gone of {} is now on {}: {}", v.name, v.target, v.lost_blocks));
         }
     }
     lines.join("\n")
@@ -240,7 +243,11 @@ pub(super) fn lost_line(l: &Lost) -> String {
     if l.start == l.end {
         return format!("  {} ({})", l.object, l.cause);
     }
-    format!("  {} bytes {} to {}: {} ({})", l.volume, l.start, l.end, l.object, l.cause)
+    let loss = match l.loss {
+        Loss::Gone => "gone",
+        Loss::Uncertain => "maybe older than the point",
+    };
+    format!("  {} bytes {} to {}: {loss}: {} ({})", l.volume, l.start, l.end, l.object, l.cause)
 }
 
 #[cfg(test)]
