@@ -127,7 +127,7 @@ impl GroupLog {
             Err(e) => return Err(e),
         };
         match self.newest_from(hint.unwrap_or_default()).await {
-            Ok(newest) => Ok(Extent { listed: vec![0..newest.0 + 1], hint }),
+            Ok(newest) => Ok(Extent { listed: std::iter::once(0..newest.0 + 1).collect(), hint }),
             Err(e) if e.is_damage() => {
                 if let Err(e) = self.floor().await {
                     history.aside.push(e);
@@ -290,7 +290,7 @@ impl GroupLog {
 
 /// Which numbers of a log there are, and what the hint says.
 struct Extent {
-    /// Numbers of records, ascending.
+    /// Numbers of records, ascending and apart; usually one range.
     listed: Vec<Range<u64>>,
     /// The newest number there was at some time.
     hint: Option<LogSeq>,

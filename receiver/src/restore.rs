@@ -28,7 +28,7 @@ use crate::reachable::{blocks_in, missing_segments};
 use crate::read_error::ReadError;
 use crate::rehydrate::{Restoring, Verified, Written};
 use crate::restore_error::RestoreError;
-use crate::salvage::{Loss, Lost, OnDamage, OpenedView, behind_holes, join_neighbours, open_view};
+use crate::salvage::{Hole, Loss, Lost, OnDamage, OpenedView, behind_holes, join_neighbours, open_view};
 use crate::survey::{Survey, survey};
 use crate::view::{View, ViewVolume};
 
@@ -68,6 +68,7 @@ pub struct Prepared {
     /// What it claims.
     pub consistency: Consistency,
     damaged: Vec<Lost>,
+    harmless: Vec<Lost>,
 }
 
 /// One volume of a restore.
@@ -111,6 +112,8 @@ pub struct Outcome {
     pub volumes: Vec<VolumeOutcome>,
     /// What could not be restored.
     pub lost: Vec<Lost>,
+    /// What is damaged in the store and costs this restore nothing: the rest adds up to the point's digest.
+    pub damaged: Vec<Lost>,
 }
 
 /// What was done to one target.
@@ -142,7 +145,8 @@ impl Prepared {
         let log = catalog.expect_group(&request.group).await?;
         let (record, point) = log.find(request.point).await?;
         let wanted = match_targets(&request, &point)?;
-        let (view, mut damaged) = open(&log, &point, &wanted, request.on_damage).await?;
+        let OpenedView { view, holes, mended } = open_view(&log, &point).await?;
+        let mut damaged = Vec::new();
         let total = wanted.iter().map(|(v, _)| v.geometry.length()).sum();
         let phase = progress.phase("read the point's index", total);
         let mut surveyed = Vec::new();
@@ -150,22 +154,24 @@ impl Prepared {
             let own = view.volume(volume.slot).expect("a view has all volumes of its point");
             let survey = survey(&view, own, &volume.name, request.on_damage, |n| phase.add(n)).await?;
             if survey.digest != volume.digest {
-                let error =
-                    RestoreError::Index { volume: volume.name.clone(), found: survey.digest, stated: volume.digest };
-                if request.on_damage == OnDamage::Fail {
-                    return Err(error);
-                }
+                let known = behind_holes(&view, own, &volume.name, &holes).await?;
                 // With a cause that is known already this says nothing new.
-                if survey.lost.is_empty() && !damaged.iter().any(|l| l.volume == volume.name.as_str()) {
+                if survey.lost.is_empty() && known.is_empty() {
+                    let (name, stated) = (volume.name.clone(), volume.digest);
+                    let error = RestoreError::Index { volume: name, found: survey.digest, stated };
+                    if request.on_damage == OnDamage::Fail {
+                        return Err(error);
+                    }
                     let key = log.keys().log(record.seq).to_string();
-                    let lost = Lost::new(&volume.name, 0..volume.geometry.length(), key, error.to_string());
-                    damaged.push(lost.uncertain());
+                    let whole = 0..volume.geometry.length();
+                    damaged.push(Lost::new(&volume.name, whole, key, error.to_string()).uncertain());
                 }
-            } else {
-                // What is known adds up to the point: nothing else was in what is damaged.
-                damaged.retain(|l| l.volume != volume.name.as_str());
+                damaged.extend(known);
             }
             surveyed.push((volume, path, own.clone(), survey));
+        }
+        if request.on_damage == OnDamage::Fail && !damaged.is_empty() {
+            return Err(RestoreError::Damaged(damaged));
         }
         let missing = missing_segments(log.store(), log.keys(), &view, request.on_damage).await?;
         if !missing.is_empty() && request.on_damage == OnDamage::Fail {
@@ -179,10 +185,12 @@ impl Prepared {
         }
         phase.finish();
         damaged.extend(surveyed.iter().flat_map(|(.., survey)| survey.lost.iter().cloned()));
+        let harmless = holes.iter().map(Hole::harmless).filter(|h| !damaged.iter().any(|l| l.object == h.object));
+        let harmless = harmless.chain(mended).collect();
         let jobs = check_targets(&request, surveyed)?;
         let (seq, time, consistency) = (record.seq, record.time, point.consistency);
         let view = Arc::new(view);
-        Ok(Self { request, log, counting, view, jobs, started, point: seq, time, consistency, damaged })
+        Ok(Self { request, log, counting, view, jobs, started, point: seq, time, consistency, damaged, harmless })
     }
 
     pub(crate) fn into_jobs(self) -> (Arc<View>, Vec<Job>) {
@@ -239,7 +247,8 @@ impl Prepared {
         let volumes = open.iter().zip(&written).zip(&verified);
         let volumes = volumes.map(|(((r, _, path, stated), w), v)| volume_outcome(r, *stated, path, w, v)).collect();
         let head = (&self.request.group, self.point, self.time, self.consistency);
-        Ok(outcome(head, durability, self.counting.bytes_read(), written, &verified, volumes, self.started))
+        let outcome = outcome(head, durability, self.counting.bytes_read(), written, &verified, volumes, self.started);
+        Ok(Outcome { damaged: self.harmless, ..outcome })
     }
 }
 
@@ -306,36 +315,13 @@ fn outcome(
         seconds: started.elapsed().as_secs_f64(),
         volumes,
         lost,
+        damaged: Vec::new(),
     }
 }
 
 /// Threads that work at once.
 pub fn parallelism() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from)
-}
-
-/// Opens the point. What can't be read of its index is an error that says which blocks it may be about, or is left out.
-async fn open(
-    log: &GroupLog,
-    point: &PointBody,
-    wanted: &[(&PointVolume, PathBuf)],
-    on_damage: OnDamage,
-) -> Result<(View, Vec<Lost>), RestoreError> {
-    let error = match View::open(log.store(), log.keys(), point).await {
-        Err(e) if e.is_damage() => e,
-        other => return Ok((other?, Vec::new())),
-    };
-    let OpenedView { view, holes, .. } = open_view(log, point).await?;
-    let mut lost = Vec::new();
-    for (stated, _) in wanted {
-        let own = view.volume(stated.slot).expect("a view has all volumes of its point");
-        lost.extend(behind_holes(&view, own, &stated.name, &holes).await?);
-    }
-    match on_damage {
-        OnDamage::Salvage => Ok((view, lost)),
-        OnDamage::Fail if lost.is_empty() => Err(error.into()),
-        OnDamage::Fail => Err(RestoreError::Damaged(lost)),
-    }
 }
 
 /// Which volume goes where.

@@ -236,6 +236,10 @@ fn describe(o: &Outcome) -> String {
             lines.push(format!("  what is gone of {} is now on {}: {}", v.name, v.target, v.lost_blocks));
         }
     }
+    if !o.damaged.is_empty() {
+        lines.push("damaged in the store, without loss to this restore (`verify` tells more):".into());
+        lines.extend(o.damaged.iter().take(MAX_LINES).map(lost_line));
+    }
     lines.join("\n")
 }
 
