@@ -16,6 +16,7 @@ pub mod history;
 pub mod ingest;
 pub mod keys;
 pub mod locate;
+pub mod membership;
 pub mod notices;
 pub mod plan;
 pub mod presence;

@@ -181,21 +181,29 @@ pub fn group_name(name: &Name) -> ObjectKey {
 }
 /// What all group names begin with.
 pub const GROUP_NAMES: &str = "names/";
+/// What all tokens begin with.
+pub const TOKENS: &str = "tokens/";
+/// What all redemptions begin with.
+pub const REDEEMED: &str = "redeemed/";
+/// What all revocations begin with.
+pub const REVOKED: &str = "revoked/";
+/// What all notes of when an agent was seen begin with.
+pub const SEEN: &str = "seen/";
 /// A token, by the hash of its secret.
 pub fn token(secret_hash: &[u8; 32]) -> ObjectKey {
-    ObjectKey(format!("tokens/{}", blake3::Hash::from_bytes(*secret_hash).to_hex()))
+    ObjectKey(format!("{TOKENS}{}", blake3::Hash::from_bytes(*secret_hash).to_hex()))
 }
 /// Who redeemed the token.
 pub fn redeemed(secret_hash: &[u8; 32]) -> ObjectKey {
-    ObjectKey(format!("redeemed/{}", blake3::Hash::from_bytes(*secret_hash).to_hex()))
+    ObjectKey(format!("{REDEEMED}{}", blake3::Hash::from_bytes(*secret_hash).to_hex()))
 }
 /// The revocation of an agent.
 pub fn revoked(agent: AgentId) -> ObjectKey {
-    ObjectKey(format!("revoked/{agent}"))
+    ObjectKey(format!("{REVOKED}{agent}"))
 }
 /// When the agent was last seen.
 pub fn seen(agent: AgentId) -> ObjectKey {
-    ObjectKey(format!("seen/{agent}"))
+    ObjectKey(format!("{SEEN}{agent}"))
 }
 
 #[cfg(test)]

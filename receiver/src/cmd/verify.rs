@@ -11,6 +11,7 @@ use tokio::sync::Semaphore;
 use super::Context;
 use super::restore::{MAX_LINES, What, failure, lost_line, parse_what};
 use crate::counting::Counting;
+use crate::membership;
 use crate::read_error::ReadError;
 use crate::restore::parallelism;
 use crate::restore_error::RestoreError;
@@ -34,13 +35,21 @@ struct Verified {
     bytes_verified: u64,
     bytes_read: u64,
     damaged: Vec<Damage>,
+    #[serde(skip)]
+    is_sample: bool,
 }
 
 /// Runs the command.
 pub async fn run(args: VerifyArgs, ctx: &Context, out: Output) -> anyhow::Result<Exit> {
     let (catalog, format) = ctx.catalog_to_read(&out).await?;
     let (counting, catalog) = Counting::catalog(catalog);
-    let mut result = Verified { points: Vec::new(), bytes_verified: 0, bytes_read: 0, damaged: Vec::new() };
+    let mut result = Verified {
+        points: Vec::new(),
+        bytes_verified: 0,
+        bytes_read: 0,
+        damaged: Vec::new(),
+        is_sample: !args.read_data.is_whole(),
+    };
     let of_store = |e: &ReadError| Damage::of_object(None, object_of(e), e);
     result.damaged.extend(format.iter().map(of_store));
     let named = args.what.is_some();
@@ -54,6 +63,8 @@ pub async fn run(args: VerifyArgs, ctx: &Context, out: Output) -> anyhow::Result
         None => {
             let located = catalog.locate().await?;
             result.damaged.extend(located.damaged.iter().map(of_store));
+            let groups: Vec<_> = located.groups.iter().map(|(_, log)| log.group()).collect();
+            result.damaged.extend(membership::damaged(&catalog, &groups).await?.iter().map(of_store));
             (None, PointSpec::Latest, located.groups)
         }
     };
@@ -73,7 +84,10 @@ pub async fn run(args: VerifyArgs, ctx: &Context, out: Output) -> anyhow::Result
             None if named && result.damaged.is_empty() => {
                 return Err(ReadError::NotFound(format!("group {group} has no points yet")).into());
             }
-            None => out.warn(&format!("group {group} has no point that can be read")),
+            None => out.warn(&match point {
+                PointSpec::Latest => format!("group {group} has no point that can be read"),
+                _ => format!("the point that is meant of group {group} can't be read; `points` lists those that can"),
+            }),
         }
     }
     result.bytes_read = counting.bytes_read();
@@ -101,7 +115,8 @@ fn describe(v: &Verified) -> String {
         lines.push("no point was looked at".into());
     }
     if v.damaged.is_empty() {
-        lines.push("nothing is damaged".into());
+        let what = if v.is_sample { "nothing that was looked at is damaged" } else { "nothing is damaged" };
+        lines.push(what.into());
     } else {
         lines.push(format!("DAMAGED in {} places:", v.damaged.len()));
         lines.extend(v.damaged.iter().take(MAX_LINES).map(damage_line));

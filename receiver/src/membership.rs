@@ -1,0 +1,47 @@
+//! What lets agents in: who joined, tokens, revocations. No restore needs any of it; an agent does.
+//!
+//! Read first: [`damaged`].
+
+use backhaul_protocol::ids::GroupId;
+use backhaul_protocol::store::envelope::{FormatError, Kind};
+use backhaul_protocol::store::fleet::{JoinedAgent, Redeemed, Token, read_times};
+use backhaul_protocol::store::key::{self, GroupKeys, ObjectKey};
+
+use crate::catalog::{Catalog, SMALL, get_optional};
+use crate::read_error::ReadError;
+
+type Parse = fn(&[u8]) -> Result<(), FormatError>;
+
+/// Reads all of it: a request for each object.
+pub async fn damaged(catalog: &Catalog, groups: &[GroupId]) -> Result<Vec<ReadError>, ReadError> {
+    let agents = groups.iter().map(|g| GroupKeys(*g).agents());
+    let of_store: [(&str, Parse); 4] = [
+        (key::TOKENS, |b| Token::parse(b).map(drop)),
+        (key::REDEEMED, |b| Redeemed::parse(b).map(drop)),
+        (key::REVOKED, |b| read_times::<1>(Kind::Revoked, b).map(drop)),
+        (key::SEEN, |b| read_times::<2>(Kind::Seen, b).map(drop)),
+    ];
+    let of_groups = agents.map(|prefix| (prefix, (|b| JoinedAgent::parse(b).map(drop)) as Parse));
+    let mut found = Vec::new();
+    for (prefix, parse) in of_groups.chain(of_store.map(|(prefix, parse)| (prefix.to_owned(), parse))) {
+        let mut after: Option<ObjectKey> = None;
+        loop {
+            let page = catalog.store.list(&prefix, after.as_ref(), 1000).await?;
+            for (key, _) in &page {
+                match get_optional(&*catalog.store, key, SMALL).await {
+                    Ok(None) => {}
+                    Ok(Some(bytes)) => found.extend(parse(&bytes).map_err(ReadError::damaged(key)).err()),
+                    Err(e) => match ReadError::from(e) {
+                        e if e.is_damage() => found.push(e),
+                        e => return Err(e),
+                    },
+                }
+            }
+            match page.into_iter().next_back() {
+                Some((last, _)) => after = Some(last),
+                None => break,
+            }
+        }
+    }
+    Ok(found)
+}
