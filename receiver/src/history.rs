@@ -221,10 +221,13 @@ impl GroupLog {
         let (Some(first), Some(last)) = (points.first(), points.last()) else {
             return Ok(ReadError::NotFound("no points yet".into()));
         };
-        let by_number = "name one by its number to take it all the same: `points` lists them";
+        let by_number = "name one by its number to take it all the same: `backhaul-receiver points` lists them";
         let text = match spec {
             PointSpec::Number(seq) => {
-                format!("no point {seq}: they go from {} to {}, with gaps; `points` lists them", first.seq, last.seq)
+                format!(
+                    "no point {seq}: they go from {} to {}, with gaps; `backhaul-receiver points` lists them",
+                    first.seq, last.seq
+                )
             }
             PointSpec::Time(time) if time < first.time => {
                 let (time, first) = (text::time(time), (first.seq, text::time(first.time)));

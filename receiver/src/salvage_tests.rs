@@ -53,7 +53,13 @@ async fn history(seed: u64) -> (Arc<MemStore>, TestGroup, Vec<Vec<u8>>) {
     let (mut disk, mut other) = (kinds[0].repeat(BLOCKS), vec![0; BLOCKS * BLOCK]);
     let mut points = Vec::new();
     for point in 0..POINTS {
-        let count = [2, 40, 90][random.below(3)];
+        // At last some that are in no map yet, in segments and in log records.
+        let count = match POINTS - point {
+            3 => 90,
+            2 => 40,
+            1 => 2,
+            _ => [2, 40, 90][random.below(3)],
+        };
         change(&mut random, &mut disk, &kinds, count);
         change(&mut random, &mut other, &kinds, 1);
         let mut volumes = vec![("disk", BLOCK as u32, &*disk)];
@@ -162,7 +168,7 @@ async fn every_object_is_missed(seed: u64) -> (usize, usize) {
             let wrong = check(&outcome, &std::fs::read(&new).expect("read"), None, &points, &key);
             harmful += usize::from(wrong > 0);
             uncertain += usize::from(outcome.lost.iter().any(|l| l.loss == Loss::Uncertain));
-            if wrong > 0 {
+            if wrong > 0 || named {
                 let found = damage(&group).await;
                 assert!(found.iter().any(|l| l.object == key.as_str()), "{key} is not named: {found:?}");
             }

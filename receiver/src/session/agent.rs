@@ -168,6 +168,7 @@ impl Session {
                     .map_err(|e| e.refusal())?;
                 self.mode = Mode::Reading(reading);
                 self.reply(ReceiverMessage::ReadOpened(opened)).await;
+                self.note_seen().await;
                 Ok(())
             }
             AgentMessage::Ranges { volume, first } => self.ranges(volume, first).await,

@@ -12,7 +12,7 @@ pub enum Kind {
     NotFound,
     /// An object with this key is there already, and `put_new` left it alone.
     Exists,
-    /// The store knows who we are and says no, or does not believe who we say we are.
+    /// The store knows who we are and says no, or does not believe who we say we are; or there is nothing to say it by.
     Permission,
     /// No room. Nothing became visible; the same call may succeed when there is room again.
     NoSpace,
@@ -20,7 +20,7 @@ pub enum Kind {
     Unavailable,
     /// The bytes are not what they must be: a checksum, a length, an object shorter or longer than it can be.
     Corrupt,
-    /// Somebody has to change a setting: no such bucket, wrong region, no credentials, an illegal name.
+    /// Somebody has to change a setting: no such bucket, wrong region, an illegal name.
     Config,
     /// Anything else. Another try does not help.
     Other,

@@ -127,7 +127,7 @@ async fn find_credentials(
     let missing = || {
         let what = "no AWS credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile, or \
                     on EC2 give the instance a role";
-        StoreError::new(Kind::Config, Verb::Open, url, what)
+        StoreError::new(Kind::Permission, Verb::Open, url, what)
     };
     let find = async {
         let chain = DefaultCredentialsChain::builder().region(Region::new(region.to_owned())).build().await;

@@ -85,7 +85,7 @@ impl S3Store {
             }
             (429 | 500 | 502 | 503 | 504 | 408, _)
             | (_, "SlowDown" | "RequestTimeout" | "Throttling" | "InternalError") => {
-                (Kind::Unavailable, format!("{at} asks to come back later"))
+                (Kind::Unavailable, format!("{at} asks to come back later (HTTP {status} {code})"))
             }
             (401 | 403, _) => (
                 Kind::Permission,
