@@ -8,16 +8,18 @@ pub mod run;
 pub mod status;
 pub mod sync;
 
-use backhaul_cli::{Exit, Meaning};
+use backhaul_cli::{Exit, Failure, Meaning};
+use backhaul_protocol::store::fleet::AgentRole;
 use backhaul_volume::VolumeError;
 use backhaul_volume::durable::LockError;
 
 use crate::config::Config;
 use crate::connection::SessionError;
+use crate::machine::MachineIdError;
 use crate::pipeline::scanner::ScanError;
 use crate::protect::ProtectError;
 use crate::replicate::RoundError;
-use crate::state::{StateDir, StateError};
+use crate::state::{Joined, StateDir, StateError};
 
 /// What every command is given.
 #[derive(Clone, Debug)]
@@ -31,6 +33,18 @@ impl Context {
     pub fn state(&self) -> StateDir {
         StateDir::new(&self.config.state)
     }
+
+    /// Who this agent is, if it may write.
+    pub fn joined_writer(&self) -> anyhow::Result<Joined> {
+        let joined = self.state().expect_joined()?;
+        if joined.role == AgentRole::RestoreOnly {
+            let text = "this agent joined with a restore-only token: it restores, and makes no points";
+            return Err(Failure::new(Exit::Authentication, "E_DENIED", text)
+                .next("with a token for writing, and a state folder of its own: backhaul-agent --state DIR join -")
+                .into());
+        }
+        Ok(joined)
+    }
 }
 
 /// What the agent's own errors mean to the shell.
@@ -41,11 +55,18 @@ pub fn meaning(cause: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
                 let next = "on the receiver: backhaul-receiver token --group NAME; here: backhaul-agent join -";
                 (Exit::Config, "E_NOT_JOINED", Some(next.into()))
             }
-            StateError::Locked(LockError::Held { .. }) => (Exit::Busy, "E_BUSY", None),
+            StateError::Locked(LockError::Held { .. }) => {
+                let next = "wait for it, or end it; the service: systemctl stop backhaul-agent";
+                (Exit::Busy, "E_BUSY", Some(next.into()))
+            }
             StateError::Locked(e) => of_state_io(std::error::Error::source(e)),
             StateError::Write(e) => of_state_io(std::error::Error::source(e)),
             StateError::Folder { source, .. } => of_state_io(Some(source)),
-            _ => (Exit::Config, "E_STATE_DIR", None),
+            StateError::Unusable { .. } | StateError::Tls(_) => {
+                let next = "bring the state folder back from a backup; or move it away, join again with a new token, \
+                            protect the volumes again, and on the receiver: adopt";
+                (Exit::Config, "E_STATE_DIR", Some(next.into()))
+            }
         });
     }
     if let Some(error) = cause.downcast_ref::<ProtectError>() {
@@ -66,6 +87,10 @@ pub fn meaning(cause: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
             RoundError::Volume { source, .. } | RoundError::Scan(ScanError::Volume(source)) => Some(of_volume(source)),
             _ => None,
         };
+    }
+    if cause.downcast_ref::<MachineIdError>().is_some() {
+        let next = "name a file that is there and stays as it is, or leave machine_id_file out";
+        return Some((Exit::Config, "E_CONFIG", Some(next.into())));
     }
     match cause.downcast_ref::<SessionError>()? {
         SessionError::State(e) => meaning(e),

@@ -107,7 +107,7 @@ impl Config {
             threads,
             compression,
             block_size: block_size as u32,
-            machine_id_file: settings.machine_id_file.unwrap_or_else(|| "/etc/machine-id".into()),
+            machine_id_file: settings.machine_id_file.unwrap_or_else(|| crate::machine::USUAL_FILE.into()),
         })
     }
 }

@@ -5,6 +5,7 @@
 pub mod cmd;
 pub mod config;
 pub mod connection;
+pub mod machine;
 pub mod network_restore;
 pub mod pipeline;
 pub mod protect;

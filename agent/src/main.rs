@@ -60,6 +60,6 @@ async fn dispatch(cli: Cli, out: Output) -> anyhow::Result<Exit> {
         Command::Run(args) => cmd::run::run(args, &ctx, out).await,
         Command::Status(args) => cmd::status::run(args, &ctx, out).await,
         Command::Restore(args) => cmd::restore::run(args, &ctx, out).await,
-        Command::Config(cmd::check::ConfigCommand::Check) => Ok(cmd::check::run(&ctx, &out)),
+        Command::Config(cmd::check::ConfigCommand::Check) => cmd::check::run(&ctx, &out),
     }
 }

@@ -219,13 +219,27 @@ async fn prepare(
             return Err(RestoreError::Index { volume: volume.name, found, stated: volume.digest });
         }
         phase.add(volume.geometry.length());
-        let needs =
-            TargetNeeds { length: volume.geometry.length(), refuse: request.refuse.clone(), ..TargetNeeds::default() };
-        let target = aim::check_confirmed(&path, &needs, &request.confirm, request.targets.len())?;
+        let most = at_most(&volume, &ranges);
+        let check = |data_bytes| {
+            let (length, refuse) = (volume.geometry.length(), request.refuse.clone());
+            let needs = TargetNeeds { length, data_bytes: Some(data_bytes), refuse, ..TargetNeeds::default() };
+            aim::check_confirmed(&path, &needs, &request.confirm, request.targets.len())
+        };
+        let target = match check(most) {
+            // Where room is scarce it is worth asking how much is needed.
+            Err(TargetError::NoSpace { .. }) => check(asking.data_bytes(&volume, &ranges).await?)?,
+            checked => checked?,
+        };
         checked.push(Job { volume, path, ranges, target });
     }
     phase.finish();
     Ok(checked)
+}
+
+/// Bytes that are not zero, at most: all of each page that is not all zeroes.
+fn at_most(volume: &ReadVolume, ranges: &[RangeDigest]) -> u64 {
+    let pages = ranges.iter().enumerate().filter(|(_, digest)| **digest != RangeDigest::ZERO);
+    pages.map(|(i, _)| volume.geometry.page_len(PageIndex(i as u64))).sum()
 }
 
 async fn read_back(

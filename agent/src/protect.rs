@@ -60,6 +60,12 @@ impl ProtectError {
     }
 }
 
+/// There is no volume to make a point of.
+pub fn nothing() -> backhaul_cli::Failure {
+    use backhaul_cli::{Exit, Failure};
+    Failure::new(Exit::Config, "E_NOTHING", "nothing is protected").next("backhaul-agent protect NAME=PATH")
+}
+
 /// Looks at a path as a volume.
 fn look(name: &Name, path: &Path) -> Result<Source, ProtectError> {
     Source::open(path).map_err(|source| ProtectError::Volume { name: name.clone(), source })

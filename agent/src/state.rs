@@ -322,7 +322,7 @@ impl StateDir {
         let name = "agent.key";
         let Some(bytes) = self.read_optional(name)? else { return Ok(None) };
         let text = String::from_utf8(bytes).map_err(|e| self.unusable(name, e))?;
-        Ok(Some(AgentKey::from_pem(&text)?))
+        AgentKey::from_pem(&text).map(Some).map_err(|e| self.unusable(name, e))
     }
 
     /// The key, made if there is none. It never leaves this folder.
@@ -401,16 +401,4 @@ impl StateDir {
         };
         self.write_json("writer.json", &file)
     }
-}
-
-/// What tells this machine from its clones, hashed: its machine id, and the board's serial where it can be read.
-pub fn machine_id(file: &Path) -> backhaul_protocol::store::log::MachineId {
-    let mut hasher = blake3::Hasher::new_derive_key("backhaul 2026-11 machine");
-    for path in [file, Path::new("/sys/class/dmi/id/product_uuid")] {
-        // What can't be read counts as empty: the same agent, run the same way, gets the same answer.
-        let text = std::fs::read(path).unwrap_or_default();
-        hasher.update(&(text.len() as u64).to_le_bytes());
-        hasher.update(&text);
-    }
-    backhaul_protocol::store::log::MachineId(*hasher.finalize().as_bytes())
 }

@@ -373,11 +373,47 @@ fn no_space_on_the_target() {
     if !needs_root("no_space_on_the_target") {
         return;
     }
-    let (f, serving, _agent) = setup();
-    serving.stop();
+    let (f, _serving, agent) = setup();
     let small = Mount::tmpfs(&f.path("tiny"), MIB);
     let to = small.path().join("to");
-    f.receiver(&["restore", "web/data", "--to", to.to_str().expect("UTF-8")]).fails(14, "E_NOSPACE");
+    let to = to.to_str().expect("UTF-8");
+    f.receiver(&["restore", "web/data", "--to", to]).fails(14, "E_NOSPACE");
+    agent.run(&["restore", "data", "--to", to]).fails(14, "E_NOSPACE");
+    assert!(!small.path().join("to").exists(), "nothing was written");
+}
+
+/// A volume that is mostly zeroes fits where there is room for the rest only.
+#[test]
+fn room_for_what_is_not_zero_is_enough() {
+    if !needs_root("room_for_what_is_not_zero_is_enough") {
+        return;
+    }
+    let (f, serving, _agent) = setup();
+    let agent = f.joined("sparse", &serving);
+    let disk = f.path("sparse.img");
+    std::fs::File::create(&disk).and_then(|f| f.set_len(300 * MIB)).expect("a sparse file");
+    image::write(&disk, 200 * MIB, b"something");
+    agent.protect("sparse", &disk);
+    f.receiver(&["adopt", GROUP, &agent.id()]).ok();
+    agent.sync();
+    let small = Mount::tmpfs(&f.path("tiny"), 2 * MIB);
+    let to = small.path().join("to");
+    agent.run(&["restore", "sparse", "--to", to.to_str().expect("UTF-8"), "--verify", "cached"]).ok();
+}
+
+#[test]
+fn a_machine_id_that_can_not_be_read_is_no_other_machine() {
+    let (f, _serving, agent) = setup();
+    let file = f.path("agent.machine-id");
+    let id = std::fs::read(&file).expect("it has one");
+    std::fs::remove_file(&file).expect("it is there");
+    for args in [&["sync"][..], &["config", "check"]] {
+        let failed = agent.run(args).fails(78, "E_CONFIG");
+        let message = failed["error"]["message"].as_str().unwrap_or_default();
+        assert!(message.contains("machine-id"), "{failed}");
+    }
+    std::fs::write(&file, id).expect("writable");
+    agent.sync();
 }
 
 #[test]

@@ -4,13 +4,12 @@
 use std::time::Duration;
 
 use backhaul_agent::connection::unix_millis;
-use backhaul_agent::state::machine_id;
 use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::digest::{BlockDigest, DeltaDigest, VolumeDigest};
 use backhaul_protocol::geometry::BlockIndex;
 use backhaul_protocol::ids::{CaptureNumber, CommitId, Generation, LogSeq, VolumeSlot, WriterNonce};
 use backhaul_protocol::record::{Encoding, RecordBody, RecordHeader};
-use backhaul_protocol::store::log::UnixMillis;
+use backhaul_protocol::store::log::{MachineId, UnixMillis};
 use backhaul_protocol::wire::frame;
 use backhaul_protocol::wire::hello::agent_hello;
 use backhaul_protocol::wire::message::{
@@ -98,7 +97,7 @@ async fn nonsense_from_a_stranger() {
     let join = Join {
         secret: [3; 32],
         request: vec![1, 2, 3],
-        machine: machine_id(&target.f.path("x")),
+        machine: MachineId([7; 32]),
         host: "h".parse().expect("legal"),
     };
     let join = frame::encode(&AgentMessage::Join(join)).expect("fits");

@@ -183,8 +183,23 @@ fn restore_only_can_not_write() {
     let reader = f.agent("reader");
     let joined = reader.join(&f.token(&serving.address(), &["--restore-only"])).ok();
     assert_eq!(joined["role"], "restore-only");
+    let named = format!("data={}", f.path("disk.img").display());
+    for args in [&["protect", &*named][..], &["sync"], &["run"]] {
+        let failed = reader.run(args).fails(12, "E_DENIED");
+        assert!(failed["error"]["next"].as_str().is_some_and(|n| n.contains("join")), "{failed}");
+    }
+    reader.run(&["restore", "data", "--to", f.path("to.img").to_str().expect("UTF-8")]).ok();
+    let agents = f.receiver(&["agents"]).ok();
+    let row = agents["agents"].as_array().and_then(|all| all.iter().find(|a| a["agent"] == *reader.id()));
+    assert!(row.is_some_and(|r| r["last_seen"].is_string()), "{agents}");
+    // One that does not know its place is told by the receiver.
+    let identity = reader.state.join("identity.json");
+    let text = std::fs::read_to_string(&identity).expect("it joined");
+    assert!(text.contains("\"restore_only\""));
+    std::fs::write(&identity, text.replace("\"restore_only\": true", "\"restore_only\": false")).expect("writable");
     reader.protect("data", &f.path("disk.img"));
-    reader.run(&["sync"]).fails(12, "E_DENIED");
+    let refused = reader.run(&["sync"]).fails(12, "E_DENIED");
+    assert!(refused["error"]["message"].as_str().is_some_and(|m| m.contains("can't write")), "{refused}");
     f.receiver(&["adopt", GROUP, &reader.id()]).fails(4, "E_DENIED");
     assert_eq!(f.points().len(), 1);
 }

@@ -9,9 +9,10 @@ use std::time::{Duration, SystemTime};
 use backhaul_agent::cmd::Context;
 use backhaul_agent::config::{Config, PlaceArgs};
 use backhaul_agent::connection::{Session, connect};
+use backhaul_agent::machine::machine_id;
 use backhaul_agent::protect;
 use backhaul_agent::replicate::{CommitWhen, Round, RoundError, RoundReport};
-use backhaul_agent::state::{StateDir, machine_id};
+use backhaul_agent::state::StateDir;
 use backhaul_cli::Output;
 use backhaul_protocol::ids::{LogSeq, Name, RepositoryId};
 use backhaul_protocol::store::checkpoint::{Sharing, StoreFormat};
@@ -142,7 +143,7 @@ impl Inside {
         let round = Round {
             state: &dir,
             joined: &joined,
-            machine: machine_id(&context.config.machine_id_file),
+            machine: machine_id(&context.config.machine_id_file).expect("it is there"),
             volumes: &volumes,
             threads: 2,
             level: 1,

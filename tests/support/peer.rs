@@ -5,7 +5,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use backhaul_agent::state::{StateDir, machine_id};
+use backhaul_agent::machine::machine_id;
+use backhaul_agent::state::StateDir;
 use backhaul_protocol::wire::message::{AgentMessage, Open, OpenVolume, ReceiverMessage};
 use backhaul_transport::control::{ControlReceiver, ControlSender, greet};
 use backhaul_transport::endpoint::{Endpoint, Windows};
@@ -82,7 +83,7 @@ impl Target {
         Open {
             state: state.expect_joined().expect("joined").state,
             nonces: writer.nonce.into_iter().collect(),
-            machine: machine_id(&self.f.path("agent.machine-id")),
+            machine: machine_id(&self.f.path("agent.machine-id")).expect("it is there"),
             high_water: writer.high_water,
             volumes: state
                 .volumes()

@@ -25,8 +25,9 @@ struct Meant {
 }
 
 /// Runs the command: the settings were read already.
-pub fn run(ctx: &Context, out: &Output) -> Exit {
+pub fn run(ctx: &Context, out: &Output) -> anyhow::Result<Exit> {
     let c = &ctx.config;
+    crate::machine::machine_id(&c.machine_id_file)?;
     let meant = Meant {
         state: c.state.display().to_string(),
         receiver: c.receiver.clone(),
@@ -47,5 +48,5 @@ pub fn run(ctx: &Context, out: &Output) -> Exit {
         meant.machine_id_file
     );
     out.result("backhaul.config/1", &meant, &text);
-    Exit::Done
+    Ok(Exit::Done)
 }

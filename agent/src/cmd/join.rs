@@ -16,7 +16,8 @@ use serde::Serialize;
 
 use super::Context;
 use crate::connection::{greet, resolve};
-use crate::state::{Joined, machine_id};
+use crate::machine::machine_id;
+use crate::state::Joined;
 
 /// Longest token that is read.
 const MAX_TOKEN: u64 = 4096;
@@ -63,7 +64,7 @@ pub async fn run(args: JoinArgs, ctx: &Context, out: Output) -> anyhow::Result<E
     let join = Join {
         secret: token.secret,
         request: key.request()?,
-        machine: machine_id(&ctx.config.machine_id_file),
+        machine: machine_id(&ctx.config.machine_id_file)?,
         host: host_name(),
     };
     sender.send(&AgentMessage::Join(join)).await?;

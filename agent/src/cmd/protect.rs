@@ -44,7 +44,7 @@ struct Rows {
 /// Runs `protect`.
 pub fn protect(args: &ProtectArgs, ctx: &Context, out: &Output) -> anyhow::Result<Exit> {
     let state = ctx.state();
-    state.expect_joined()?;
+    ctx.joined_writer()?;
     let done = protect::protect(&state, &args.volumes, ctx.config.block_size)?;
     let mut rows = Vec::new();
     let mut lines = Vec::new();

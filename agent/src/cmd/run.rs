@@ -12,9 +12,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::Context;
 use crate::config::EVERY;
 use crate::connection::{Session, SessionError, connect, renewal_is_due};
+use crate::machine::machine_id;
 use crate::protect;
 use crate::replicate::{CommitWhen, Round, RoundError, RoundReport};
-use crate::state::{Joined, StateDir, machine_id};
+use crate::state::{Joined, StateDir};
 use crate::status::{RunState, StatusServer};
 
 /// A point is committed at least this often, though nothing changed.
@@ -23,9 +24,9 @@ const AT_LEAST: Duration = Duration::from_secs(3600);
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(3600);
 /// The longest wait between two attempts.
 const MAX_BACKOFF: Duration = Duration::from_secs(60);
-/// The same where the receiver can't be reached: an attempt is a few packets, and every second of waiting is one that
-/// the last point gets older after the receiver is back.
-const MAX_NETWORK_BACKOFF: Duration = Duration::from_secs(5);
+/// The same where an attempt costs a few packets or nothing: the receiver can't be reached, a volume is not there. Every
+/// second of waiting is one that the last point gets older after what is missing is back.
+const MAX_SHORT_BACKOFF: Duration = Duration::from_secs(5);
 
 /// Options of `run`.
 #[derive(Args, Clone, Debug)]
@@ -42,7 +43,7 @@ pub async fn run(args: RunArgs, ctx: &Context, out: Output) -> anyhow::Result<Ex
         return Err(Failure::new(Exit::Usage, "E_USAGE", "--every wants from 1s to 7d").into());
     }
     let state = ctx.state();
-    let joined = state.expect_joined()?;
+    let joined = ctx.joined_writer()?;
     let _lock = state.lock()?;
     let status = StatusServer::start(&state)?;
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -109,17 +110,20 @@ impl Service<'_> {
                 self.session = None;
                 self.failures += 1;
                 let round = error.downcast_ref::<RoundError>();
-                let (state, backoff) = if round.is_none_or(RoundError::is_retryable) {
-                    let doubled = Duration::from_millis(500) * 2u32.saturating_pow(self.failures.min(8));
-                    let away = matches!(round, Some(RoundError::Session(SessionError::Transport(_))));
-                    let most = if away { MAX_NETWORK_BACKOFF } else { MAX_BACKOFF };
-                    (RunState::Disconnected, jitter(doubled.min(most)))
-                } else if round.is_some_and(RoundError::is_divergence) {
-                    (RunState::Diverged, MAX_BACKOFF)
-                } else {
-                    (RunState::Stalled, MAX_BACKOFF)
+                let doubled = Duration::from_millis(500) * 2u32.saturating_pow(self.failures.min(8));
+                let (state, most) = match round {
+                    Some(RoundError::Session(SessionError::Transport(e))) if e.is_retryable() => {
+                        (RunState::Disconnected, MAX_SHORT_BACKOFF)
+                    }
+                    Some(e) if e.is_divergence() => (RunState::Diverged, MAX_BACKOFF),
+                    Some(RoundError::Session(e)) if e.is_retryable() => (RunState::Disconnected, MAX_BACKOFF),
+                    Some(_) => (RunState::Stalled, MAX_BACKOFF),
+                    // Found out on this machine, before anybody was asked.
+                    None => (RunState::Stalled, MAX_SHORT_BACKOFF),
                 };
-                let text = format!("{error:#}");
+                let waits = round.is_none_or(RoundError::is_retryable);
+                let backoff = if waits { jitter(doubled.min(most)) } else { most };
+                let text = self.out.explain(&error);
                 self.out.warn(&format!("{text}; trying again in {}", text::duration(backoff)));
                 self.status.failed(state, text);
                 Ok(backoff)
@@ -133,7 +137,7 @@ impl Service<'_> {
             said.iter().for_each(|s| self.out.warn(s));
         }
         if volumes.is_empty() {
-            anyhow::bail!("nothing is protected: backhaul-agent protect NAME=PATH");
+            return Err(protect::nothing().into());
         }
         // A session that lives for weeks must not outlive the certificate that it began with.
         let renewal_is_due = self.renewal_tried.is_none_or(|t| t.elapsed() >= RENEWAL_INTERVAL)
@@ -151,7 +155,7 @@ impl Service<'_> {
         let round = Round {
             state: self.state,
             joined: self.joined,
-            machine: machine_id(&self.ctx.config.machine_id_file),
+            machine: machine_id(&self.ctx.config.machine_id_file)?,
             volumes: &volumes,
             threads: self.ctx.config.threads,
             level: self.ctx.config.compression,

@@ -58,8 +58,7 @@ pub async fn run(args: StatusArgs, ctx: &Context, out: Output) -> anyhow::Result
     let report = ask(&state).await;
     // Before its first round has ended, `run` knows no more than what was written down.
     let until = report.as_ref().and_then(|r| r.protected_until).or(writer.last.as_ref().map(|l| l.protected_until));
-    // A clock that went backwards is no protection: the lag is never less than nothing.
-    let lag = until.map(|at| Duration::from_millis(u64::try_from(unix_millis().0.saturating_sub(at)).unwrap_or(0)));
+    let lag = until.and_then(|at| lag(at, unix_millis().0));
     let mut lines = vec![format!("group {}, agent {}, receiver {}", joined.group_name, joined.agent, joined.receiver)];
     lines.push(match &report {
         None => "not running: points are made by `backhaul-agent sync` or `run`".into(),
@@ -94,7 +93,7 @@ pub async fn run(args: StatusArgs, ctx: &Context, out: Output) -> anyhow::Result
     };
     if args.check && lag.is_none_or(|l| l > args.max_lag) {
         let why = match lag {
-            None => "there is no point yet".to_owned(),
+            None => until.map_or_else(|| "there is no point yet".to_owned(), still_to_come),
             Some(l) => format!("the lag is {}, allowed are {}", text::duration(l), text::duration(args.max_lag)),
         };
         let cause = match &status.report {
@@ -105,6 +104,19 @@ pub async fn run(args: StatusArgs, ctx: &Context, out: Output) -> anyhow::Result
     }
     out.result("backhaul.status/1", &status, &lines.join("\n"));
     Ok(Exit::Done)
+}
+
+/// Small steps back of a clock that is being set right are none.
+const STEP: i64 = 60_000;
+
+/// How long ago `until` was, ms since 1970 both; `None` if it is still to come: then nobody knows.
+fn lag(until: i64, now: i64) -> Option<Duration> {
+    let lag = now.saturating_sub(until);
+    (lag >= -STEP).then(|| Duration::from_millis(u64::try_from(lag).unwrap_or(0)))
+}
+
+fn still_to_come(until: i64) -> String {
+    format!("it is dated {}, which is still to come: the clock was wrong then or is now", text::time(UnixMillis(until)))
 }
 
 fn describe(r: &Report) -> String {
@@ -118,13 +130,28 @@ fn describe(r: &Report) -> String {
 /// The newest point and what it is worth now. `run` has seen it or one of this agent's own; another agent's is neither.
 fn newest(report: Option<&Report>, own: Option<&LastPoint>, until: Option<i64>, lag: Option<Duration>) -> String {
     let point = report.and_then(|r| r.point).or(own.map(|l| l.point));
-    let (Some(point), Some(until), Some(lag)) = (point, until, lag) else {
+    let (Some(point), Some(until)) = (point, until) else {
         return "no point yet".into();
     };
     let consistency = own.filter(|l| l.point == point).map_or(String::new(), |l| format!(" ({})", l.consistency));
+    let Some(lag) = lag else {
+        return format!("newest point {point}{consistency}: {}", still_to_come(until));
+    };
     format!(
         "newest point {point}{consistency}, protected until {} (lag {})",
         text::time(UnixMillis(until)),
         text::duration(lag)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_point_of_the_future_is_no_protection() {
+        assert_eq!(lag(1000, 3500), Some(Duration::from_millis(2500)));
+        assert_eq!(lag(1000 + STEP, 1000), Some(Duration::ZERO));
+        assert_eq!(lag(1001 + STEP, 1000), None);
+    }
 }

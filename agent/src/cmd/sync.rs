@@ -2,14 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use backhaul_cli::{Exit, Failure, Output, text};
+use backhaul_cli::{Exit, Output, text};
 use serde::Serialize;
 
 use super::Context;
 use crate::connection::{Session, SessionError, connect};
+use crate::machine::machine_id;
 use crate::protect;
 use crate::replicate::{CommitWhen, Round, RoundError, RoundReport};
-use crate::state::{Joined, StateDir, machine_id};
+use crate::state::{Joined, StateDir};
 
 /// How long a receiver is waited for.
 const WAIT_FOR_RECEIVER: Duration = Duration::from_secs(30);
@@ -37,7 +38,7 @@ struct Synced {
 /// Runs the command.
 pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
     let state = ctx.state();
-    let joined = state.expect_joined()?;
+    let joined = ctx.joined_writer()?;
     let _lock = state.lock()?;
     let begun = Instant::now();
     let mut tried = 0;
@@ -47,16 +48,14 @@ pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
             said.iter().for_each(|s| out.warn(s));
         }
         if volumes.is_empty() {
-            return Err(Failure::new(Exit::Config, "E_NOTHING", "nothing is protected")
-                .next("backhaul-agent protect NAME=PATH")
-                .into());
+            return Err(protect::nothing().into());
         }
         let mut session = wait_for_receiver(ctx, &state, &joined, begun).await?;
         let total = volumes.iter().map(|v| v.geometry.length()).sum();
         let round = Round {
             state: &state,
             joined: &joined,
-            machine: machine_id(&ctx.config.machine_id_file),
+            machine: machine_id(&ctx.config.machine_id_file)?,
             volumes: &volumes,
             threads: ctx.config.threads,
             level: ctx.config.compression,
@@ -68,6 +67,12 @@ pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
             Ok(report) => {
                 session.close().await;
                 break report;
+            }
+            Err(error) if error.is_busy() && begun.elapsed() < WAIT_FOR_RECEIVER => {
+                if tried == 1 {
+                    out.warn(&format!("{error}; trying again for {} s", WAIT_FOR_RECEIVER.as_secs()));
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
             }
             Err(error) if error.is_retryable() && !error.is_unavailable() && tried < TRIES => {
                 out.warn(&format!("{error}; trying again"));

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backhaul_protocol::digest::{BlockDigest, RangeDigest};
-use backhaul_protocol::geometry::PageIndex;
+use backhaul_protocol::geometry::{BlockIndex, PageIndex};
 use backhaul_protocol::ids::VolumeSlot;
 use backhaul_protocol::wire::frame;
 use backhaul_protocol::wire::message::{AgentMessage, OpenRead, PointSpec, ReadOpened, ReadVolume, ReceiverMessage};
@@ -148,6 +148,32 @@ impl Asking {
         match self.patiently(Some(incoming)).await? {
             ReceiverMessage::Page { volume, page, digests, .. } if volume == slot && page == index.0 => Ok(digests),
             _ => Err(RestoreError::Protocol("no answer to `Page`")),
+        }
+    }
+
+    /// Bytes of the blocks that are not zero.
+    pub(super) async fn data_bytes(
+        &mut self,
+        volume: &ReadVolume,
+        ranges: &[RangeDigest],
+    ) -> Result<u64, RestoreError> {
+        let (geometry, incoming) = (volume.geometry, Incoming::default());
+        let mut pages = (0..geometry.pages()).map(PageIndex).filter(|p| ranges[p.0 as usize] != RangeDigest::ZERO);
+        let mut asked = VecDeque::new();
+        let mut bytes = 0;
+        loop {
+            while asked.len() < QUESTIONS
+                && let Some(page) = pages.next()
+            {
+                self.send(&AgentMessage::Page { volume: volume.slot, page: page.0 }).await?;
+                asked.push_back(page);
+            }
+            let Some(page) = asked.pop_front() else { return Ok(bytes) };
+            let digests = self.page(volume.slot, page, &incoming).await?;
+            let blocks = digests.iter().enumerate().take(geometry.page_blocks(page)).filter(|(_, d)| !d.is_zero());
+            bytes += blocks
+                .map(|(i, _)| geometry.block_len(BlockIndex(page.first_block().0 + i as u64)) as u64)
+                .sum::<u64>();
         }
     }
 

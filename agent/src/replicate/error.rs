@@ -44,6 +44,12 @@ impl RoundError {
         matches!(self, Self::Session(SessionError::Source(e)) if e.is_unavailable())
     }
 
+    /// Whether there is no place at the receiver now. Sessions of an agent that was killed are there until they are
+    /// found dead.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, Self::Session(SessionError::Source(SourceError::Refused(r))) if r.reason == Reason::Busy)
+    }
+
     /// Whether another round may help without anybody doing anything.
     pub fn is_retryable(&self) -> bool {
         match self {

@@ -102,10 +102,26 @@ pub fn classify(error: &anyhow::Error, own: Classifier) -> Meaning {
             .or_else(|| cause.downcast_ref::<VolumeError>().map(|_| (Exit::Failure, "E_SOURCE")))
             .or_else(|| cause.downcast_ref::<std::io::Error>().and_then(of_io));
         if let Some((exit, code)) = found {
-            return (exit, code, None);
+            return (exit, code, usual_next(code).map(str::to_owned));
         }
     }
     (Exit::Failure, "E_FAILURE", None)
+}
+
+/// What helps most often; what an error itself knows better is in its text.
+fn usual_next(code: &str) -> Option<&'static str> {
+    match code {
+        "E_NETWORK" => Some(
+            "check that the receiver runs, that its address is right and that UDP gets through, then the same command again",
+        ),
+        "E_AUTH" => Some(
+            "check both clocks (date -u); an agent that was revoked or whose certificate has ended joins again with a new token",
+        ),
+        "E_BUSY" | "E_SUPERSEDED" | "E_CONFLICT" => {
+            Some("let the other one finish or end it, then the same command again")
+        }
+        _ => None,
+    }
 }
 
 /// What a refusal means.

@@ -55,6 +55,15 @@ impl Output {
         exit
     }
 
+    /// An error in one line, with what to type next.
+    pub fn explain(&self, error: &anyhow::Error) -> String {
+        let message = whole_chain(error);
+        match classify(error, self.own_errors).2 {
+            Some(next) => format!("{message}; next: {next}"),
+            None => message,
+        }
+    }
+
     /// A warning that the user should see whatever else is printed.
     pub fn warn(&self, text: &str) {
         let _ = writeln!(std::io::stderr().lock(), "warning: {text}");
