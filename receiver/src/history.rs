@@ -116,6 +116,24 @@ impl GroupLog {
         Ok(history)
     }
 
+    /// The same, and whether the records of the points that a checkpoint lists are still there: a list of all keys.
+    pub async fn whole_history(&self) -> Result<History, ReadError> {
+        let mut history = self.history().await?;
+        let (listed, floor) = (self.listed().await?, self.floor().await.unwrap_or_default());
+        let is_there = |seq: LogSeq| {
+            let at = listed.partition_point(|r| r.end <= seq.0);
+            listed.get(at).is_some_and(|r| r.start <= seq.0)
+        };
+        // What is newer than the list was read one by one.
+        let last = listed.last().map_or(0, |r| r.end);
+        let gone = |p: &PointSummary| p.seq >= floor && p.seq.0 < last && !is_there(p.seq);
+        let missing = history.points.extract_if(.., |p| gone(p)).map(|p| p.seq);
+        let missing: Vec<_> = missing.map(|seq| (seq, ReadError::Log { seq, what: "it is missing" })).collect();
+        history.unreadable.extend(missing);
+        history.unreadable.sort_by_key(|(seq, _)| *seq);
+        Ok(history)
+    }
+
     /// Which numbers there are or were.
     async fn extent(&self, history: &mut History) -> Result<Extent, ReadError> {
         let hint = match self.hint().await {
@@ -217,7 +235,7 @@ impl GroupLog {
 
     /// Why there is no such point, and which there are.
     async fn absent(&self, spec: PointSpec) -> Result<ReadError, ReadError> {
-        let points = self.history().await?.points;
+        let points = self.whole_history().await?.points;
         let (Some(first), Some(last)) = (points.first(), points.last()) else {
             return Ok(ReadError::NotFound("no points yet".into()));
         };
@@ -241,7 +259,7 @@ impl GroupLog {
 
     /// Whether a number that is not there should be: an error if so.
     async fn missing(&self, seq: LogSeq) -> Result<(), ReadError> {
-        let history = self.history().await?;
+        let history = self.whole_history().await?;
         match history.unreadable.iter().find(|(n, _)| *n == seq) {
             Some((_, e)) => Err(self.unreadable(seq, e.clone()).await?),
             None => Ok(()),
@@ -249,7 +267,7 @@ impl GroupLog {
     }
 
     async fn unreadable(&self, seq: LogSeq, cause: ReadError) -> Result<ReadError, ReadError> {
-        let older = self.history().await?.older(seq);
+        let older = self.whole_history().await?.older(seq);
         Ok(ReadError::Point { cause: Box::new(cause), what: format!("so point {seq} can't be had"), older })
     }
 

@@ -17,6 +17,7 @@ async fn group(points: u8) -> (Arc<MemStore>, TestGroup) {
     let mut bytes = noise(64 << 10, 1);
     for point in 0..points {
         bytes[usize::from(point)] ^= 0xff;
+        group.now.0 += 1000;
         group.commit(&[("disk", 16384, &bytes)]).await;
     }
     (store, group)
@@ -40,7 +41,7 @@ fn numbers(history: &History) -> Vec<u64> {
 async fn older_than(log: &GroupLog, spec: PointSpec) -> Option<LogSeq> {
     match log.find(spec).await {
         Err(ReadError::Point { older, .. }) => older,
-        other => panic!("{other:?}"),
+        other => panic!("{:?}", other.map(|(record, _)| record.seq)),
     }
 }
 
@@ -202,4 +203,22 @@ async fn nobody_writes_as_if_there_had_been_no_point_before() {
     log.write_hint(LogSeq(3)).await.expect("the store works");
     let error = log.head().await.expect_err("what was before is not known");
     assert!(matches!(error, ReadError::Log { seq: LogSeq(2), .. }), "{error}");
+}
+
+/// What a checkpoint lists and the log does not have any more is no point.
+#[tokio::test]
+async fn records_that_only_a_checkpoint_knows_are_missing() {
+    let (store, group) = group(6).await;
+    let log = log(&group).await;
+    log.write_checkpoint(LogSeq(5)).await.expect("the store works");
+    let times: Vec<UnixMillis> = log.history().await.expect("the store works").points.iter().map(|p| p.time).collect();
+    for seq in [2, 3, 4] {
+        store.tamper(&log.keys().log(LogSeq(seq)), None);
+    }
+    let history = log.whole_history().await.expect("the store works");
+    assert_eq!(numbers(&history), [1, 5, 6]);
+    assert_eq!(history.unreadable.iter().map(|(seq, _)| seq.0).collect::<Vec<_>>(), [2, 3, 4]);
+    assert_eq!(older_than(&log, PointSpec::Number(LogSeq(3))).await, Some(LogSeq(1)));
+    assert_eq!(older_than(&log, PointSpec::Time(times[2])).await, Some(LogSeq(1)));
+    assert_eq!(log.find(PointSpec::Latest).await.expect("whole").0.seq, LogSeq(6));
 }

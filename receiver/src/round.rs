@@ -19,7 +19,9 @@ use backhaul_protocol::session::sink::{Sink, Taken};
 use backhaul_protocol::store::key::ObjectId;
 use backhaul_protocol::store::log::UnixMillis;
 use backhaul_protocol::store::segment::{DraftBinding, SegmentBuilder};
-use backhaul_protocol::wire::message::{Commit, Committed, DraftPages, Open, Opened, OpenedVolume, Reason, Refusal};
+use backhaul_protocol::wire::message::{
+    Commit, Committed, DraftPages, Open, Opened, OpenedVolume, Reason, Refusal, VolumesChanged,
+};
 use tokio::sync::{Semaphore, watch};
 
 use crate::catalog::{Appended, GroupLog};
@@ -77,7 +79,12 @@ impl Round {
     ) -> Result<(Self, Opened), Refusal> {
         let (store, keys) = (state.log.store().clone(), state.log.keys());
         let known = state.refresh().await.map_err(|e| e.refusal())?;
-        let taken = sink.open(&known.head, open)?;
+        let mut taken = sink.open(&known.head, open)?;
+        if known.is_mending {
+            // Everything is compared, and a point is made whatever comes of it.
+            taken.volumes.iter_mut().for_each(|v| v.head_digest = None);
+            taken.changed = VolumesChanged::Yes;
+        }
         let mut view = known.layers.view.clone();
         view.volumes = taken
             .volumes

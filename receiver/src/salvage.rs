@@ -137,6 +137,8 @@ fn list(texts: impl Iterator<Item = String>, count: usize) -> String {
 /// A part of a point's index that can't be read: what it named is not known.
 #[derive(Clone, Debug)]
 pub struct Hole {
+    /// Which map or segment.
+    pub id: ObjectId,
     /// Of which volume it is; `None`: maybe of all.
     slot: Option<VolumeSlot>,
     /// It holds no record of a higher capture.
@@ -240,7 +242,7 @@ async fn hole(
             Err(e) => return Err(e),
         }
     }
-    Ok(Hole { slot, up_to, error })
+    Ok(Hole { id, slot, up_to, error })
 }
 
 fn names(point: &PointBody, id: ObjectId) -> bool {

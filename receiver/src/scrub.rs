@@ -135,7 +135,7 @@ pub async fn verify_group(
     spec: PointSpec,
     begin: impl FnOnce(LogSeq, u64) -> backhaul_cli::Phase,
 ) -> Result<GroupReport, FetchError> {
-    let history = scrub.log.history().await?;
+    let history = scrub.log.whole_history().await?;
     let of = |e: &ReadError| Damage::of_object(Some(&scrub.group), scrub.log.object_of(e), e);
     let mut report = GroupReport { point: None, damaged: history.damage().map(of).collect() };
     let spec = match spec {

@@ -117,6 +117,14 @@ impl TestGroup {
         Ok(committed?.seq)
     }
 
+    /// What an agent is told that offers the same again, from a receiver that has just started.
+    pub(crate) async fn reopened(&mut self, volumes: &[(&str, u32, &[u8])]) -> Opened {
+        self.state = GroupState::new(self.state.log().clone());
+        let (round, _, opened, ..) = self.begin(volumes).await.expect("a round");
+        round.abandon(&mut self.state).await;
+        opened
+    }
+
     /// Sends what differs and goes away: a draft is left.
     pub(crate) async fn leave_draft(&mut self, volumes: &[(&str, u32, &[u8])]) {
         let held = self.held.clone();

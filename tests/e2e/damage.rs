@@ -186,3 +186,53 @@ fn a_restore_that_meets_damage_says_how_to_salvage() {
     assert!(failed["error"]["message"].as_str().is_some_and(|m| m.contains(&name)), "{failed}");
     assert!(!s.f.path("to").exists(), "nothing was written");
 }
+
+/// The index of the newest point is damaged: the agent has it all, and the next point is whole again.
+#[test]
+fn what_the_newest_point_lost_is_sent_again() {
+    let f = Fixture::new();
+    let serving = f.serve();
+    let mut agent = f.joined("agent", &serving);
+    let disk = f.path("disk.img");
+    let mut random = Random::new(3);
+    image::random(&disk, 6 * MIB, &mut random);
+    agent.protect("data", &disk);
+    // Enough small points that there are maps.
+    for i in 0..66 {
+        image::write(&disk, i * 65_536, &random.bytes(100));
+        agent.sync();
+    }
+    image::write(&disk, MIB, &random.bytes(2_000_000));
+    let newest = number(&agent.sync(), "point");
+    let mut serving = Some(serving);
+    let mut mended = 0;
+    for kind in ["/segments/", "/maps/"] {
+        for path in f.objects_with(kind) {
+            serving.take().expect("it serves").stop();
+            let whole = std::fs::read(&path).expect("it is there");
+            std::fs::remove_file(&path).expect("it is ours");
+            let needed = f.receiver(&["verify", GROUP]).code == Some(6);
+            let again = f.serve();
+            agent = agent.through(&again.address());
+            // Blocks that changed meanwhile, became zero, and became what they were at some time before.
+            image::write(&disk, 5 * MIB, &random.bytes(1000));
+            image::write(&disk, 2 * MIB, &[0; 65_536]);
+            let point = number(&agent.sync(), "point");
+            assert!(point > newest);
+            serving = Some(again);
+            if f.receiver(&["verify", GROUP]).code == Some(6) {
+                // Its index is in a map, which is whole: that the records are gone only `verify` can tell.
+                assert_eq!(kind, "/segments/", "{}", path.display());
+                std::fs::write(&path, whole).expect("there is room");
+                continue;
+            }
+            let to = f.path("to");
+            let _ = std::fs::remove_file(&to);
+            f.receiver(&["restore", "web/data", "--to", to.to_str().expect("UTF-8")]).ok();
+            assert!(image::same(&to, &disk), "{}", path.display());
+            assert_eq!(number(&agent.sync(), "bytes_sent"), 0, "{}", path.display());
+            mended += usize::from(needed);
+        }
+    }
+    assert!(mended >= 2, "{mended} objects were needed");
+}

@@ -103,12 +103,16 @@ impl Endpoint {
         config.max_udp_payload_size(MAX_PACKET).map_err(|e| failed(io::Error::other(e)))?;
         let on_thread = Arc::new(OnThread(handle.clone()));
         let inner = quinn::Endpoint::new(config, server, socket, on_thread).map_err(failed)?;
+        let own = inner.clone();
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let thread = std::thread::Builder::new()
             .name("quic".into())
             .spawn(move || {
                 runtime.block_on(async {
                     let _ = stopped.await;
+                    // A connection that is let go without a word would be a session at the receiver for a while.
+                    own.close(VarInt::from_u32(CloseCode::Done as u32), b"");
+                    let _ = tokio::time::timeout(GOODBYE, own.wait_idle()).await;
                 });
                 runtime.shutdown_background();
             })

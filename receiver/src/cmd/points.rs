@@ -81,7 +81,7 @@ pub async fn run(args: PointsArgs, ctx: &Context, out: Output) -> anyhow::Result
     let mut lines = Vec::new();
     let (mut stored, mut complete) = (0, true);
     for (name, log) in groups {
-        let history = log.history().await?;
+        let history = log.whole_history().await?;
         damaged.extend(unreadable(&name, &log, &history));
         for summary in history.points {
             lines.push(line(&name, &summary));

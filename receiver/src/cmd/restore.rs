@@ -13,7 +13,7 @@ use super::Context;
 use crate::dry_run::dry_run;
 use crate::fetch::FetchError;
 use crate::read_error::ReadError;
-use crate::restore::{Outcome, Prepared, Request};
+use crate::restore::{Outcome, Prepared, Request, VolumeOutcome};
 use crate::restore_error::RestoreError;
 use crate::salvage::{Loss, Lost, OnDamage};
 use crate::store::StoreUrl;
@@ -232,7 +232,8 @@ fn describe(o: &Outcome) -> String {
         if o.lost.len() > MAX_LINES {
             lines.push(format!("  and {} more: --json lists all", o.lost.len() - MAX_LINES));
         }
-        for v in &o.volumes {
+        let gone = |v: &&VolumeOutcome| o.lost.iter().any(|l| l.loss == Loss::Gone && l.volume == v.name);
+        for v in o.volumes.iter().filter(gone) {
             lines.push(format!("  what is gone of {} is now on {}: {}", v.name, v.target, v.lost_blocks));
         }
     }

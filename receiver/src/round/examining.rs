@@ -54,7 +54,8 @@ impl Round {
         for taken in &self.taken.volumes {
             let volume = view.volume(taken.slot).expect("every taken volume is in the view");
             let pages: Vec<PageIndex> = touched.iter().filter(|(s, _)| *s == taken.slot).map(|(_, p)| *p).collect();
-            let at_hand = all_pages <= MAX_RANGES && (in_memory || pages.len() <= PAGES_AT_HAND);
+            let few = in_memory || known.is_mending || pages.len() <= PAGES_AT_HAND;
+            let at_hand = all_pages <= MAX_RANGES && few;
             let before = if at_hand { self.ranges_before(known, taken.slot, taken.known).await? } else { None };
             let Some(mut own) = before else {
                 volumes.push(None);
@@ -104,7 +105,7 @@ impl Round {
         let Some(volume) = view.volume(slot) else { return Ok(Some(Vec::new())) };
         let in_memory = view.deltas.is_empty() && volume.base.is_none();
         let changed = touched_pages(&view.deltas, &view.loose).await?.len();
-        if !in_memory && changed > PAGES_AT_HAND {
+        if !in_memory && !known.is_mending && changed > PAGES_AT_HAND {
             return Ok(None);
         }
         let (ranges, _) = view.volume_digest(volume).await?;

@@ -14,6 +14,7 @@ use crate::catalog::GroupLog;
 use crate::draft::{Draft, IdSource, end_of_captures};
 use crate::fold::Layers;
 use crate::read_error::ReadError;
+use crate::salvage::{OpenedView, open_view};
 use crate::view::View;
 
 /// What a receiver remembers of a group between rounds. All of it can be read from the store again.
@@ -30,6 +31,9 @@ pub(super) struct KnownHead {
     pub(super) layers: Layers,
     /// Range digests of the head's volumes, where they have been computed.
     pub(super) ranges: BTreeMap<VolumeSlot, Vec<RangeDigest>>,
+    /// Part of the head's index is damaged and left out of the layers: its digests are not those of the volumes, and
+    /// the next point does not build on it.
+    pub(super) is_mending: bool,
     pub(super) draft: Draft,
     pub(super) ids: Arc<Mutex<IdSource>>,
     /// No capture of any round on this head, as long as this is known, is as high.
@@ -70,10 +74,18 @@ impl GroupState {
 impl KnownHead {
     async fn load(log: &GroupLog) -> Result<Self, ReadError> {
         let (head, hash) = log.head().await?;
+        let mut is_mending = false;
         let layers = match &head.point {
             Some((_, point)) => {
-                let view = View::open(log.store(), log.keys(), point).await?;
-                Layers { view, segments: point.segments.clone() }
+                let OpenedView { view, holes, .. } = open_view(log, point).await?;
+                let mut segments = point.segments.clone();
+                for hole in &holes {
+                    let object = hole.harmless().object;
+                    tracing::warn!(group = %log.group(), %object, "damaged or gone: what it held is asked for again");
+                    segments.retain(|s| s.id != hole.id);
+                }
+                is_mending = !holes.is_empty();
+                Layers { view, segments }
             }
             None => Layers { view: View::default(), segments: Vec::new() },
         };
@@ -82,6 +94,6 @@ impl KnownHead {
         let draft = Draft::recover(log.store(), log.keys(), binding, generation, seq, head.max_capture()).await?;
         let end_capture = end_of_captures(head.max_capture().max(draft.max_capture));
         let ids = Arc::new(Mutex::new(IdSource::new(seq, generation, crate::random::number())));
-        Ok(Self { head, hash, layers, ranges: BTreeMap::new(), draft, ids, end_capture })
+        Ok(Self { head, hash, layers, ranges: BTreeMap::new(), is_mending, draft, ids, end_capture })
     }
 }

@@ -118,6 +118,7 @@ impl Round {
             hash,
             layers,
             ranges,
+            is_mending: false,
             draft: Draft::empty(binding),
             end_capture,
             ids: Arc::new(Mutex::new(IdSource::new(seq, generation, crate::random::number()))),

@@ -7,7 +7,7 @@ use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::geometry::Geometry;
 use backhaul_protocol::ids::{Generation, LogSeq, VolumeSlot};
 use backhaul_protocol::store::log::UnixMillis;
-use backhaul_protocol::wire::message::Reason;
+use backhaul_protocol::wire::message::{Reason, VolumesChanged};
 use tokio::sync::watch;
 
 use super::{LATE, Late, wait_for};
@@ -20,6 +20,22 @@ use crate::store::{Kind, Verb};
 use crate::testing::{TestGroup, noise};
 
 const BLOCK: u32 = 16 << 10;
+
+/// Of a point whose index is damaged nobody may believe the digest, and an unchanged volume is no reason to leave it so.
+#[tokio::test]
+async fn a_damaged_index_is_compared_anew_and_replaced() {
+    let store = Arc::new(MemStore::new());
+    let mut group = TestGroup::new(store.clone(), 1 << 20).await;
+    let bytes = noise(64 * BLOCK as usize, 1);
+    let volumes = [("disk", BLOCK, &*bytes)];
+    group.commit(&volumes).await;
+    let opened = group.reopened(&volumes).await;
+    assert!(opened.volumes[0].digest.is_some() && opened.volumes_changed == VolumesChanged::No);
+    let key = store.objects().into_keys().find(|k| k.as_str().contains("/segments/")).expect("a segment");
+    store.tamper(&key, None);
+    let opened = group.reopened(&volumes).await;
+    assert!(opened.volumes[0].digest.is_none() && opened.volumes_changed == VolumesChanged::Yes);
+}
 
 /// A minute is 50 ms here.
 const SOON: Late = Late { next: Duration::from_millis(50), all: Duration::from_millis(250) };
