@@ -17,7 +17,8 @@ async fn group(points: u8) -> (Arc<MemStore>, TestGroup) {
     let mut bytes = noise(64 << 10, 1);
     for point in 0..points {
         bytes[usize::from(point)] ^= 0xff;
-        group.now.0 += 1000;
+        // Later than the group's creation, which is by the real clock.
+        group.now = UnixMillis(4_000_000_000_000 + 1000 * i64::from(point));
         group.commit(&[("disk", 16384, &bytes)]).await;
     }
     (store, group)
