@@ -254,29 +254,22 @@ pub struct AgentRow {
     pub revoked: Option<UnixMillis>,
 }
 
-/// All agents of all groups.
-pub async fn agents(catalog: &Catalog) -> Result<Vec<AgentRow>, AccessError> {
+/// All agents of all groups, and what can't be read of them.
+pub async fn agents(catalog: &Catalog) -> Result<(Vec<AgentRow>, Vec<ReadError>), AccessError> {
     let store: &Arc<dyn ObjectStore> = &catalog.store;
-    let mut out = Vec::new();
-    for (group, id) in catalog.groups().await? {
-        let prefix = GroupKeys(id).agents();
+    let located = catalog.locate().await?;
+    let (mut out, mut damaged) = (Vec::new(), located.damaged);
+    for (group, log) in located.groups {
+        let prefix = GroupKeys(log.group()).agents();
         let mut after = None;
         loop {
             let page = store.list(&prefix, after.as_ref(), 1000).await?;
             for (key, _) in &page {
-                let Some(joined) = read(&**store, key, JoinedAgent::parse).await? else { continue };
-                let seen = read(&**store, &key::seen(joined.agent), |b| read_times::<2>(ObjectKind::Seen, b)).await;
-                // Last seen is only a hint.
-                let seen = seen.unwrap_or(None);
-                let revoked =
-                    read(&**store, &key::revoked(joined.agent), |b| read_times::<1>(ObjectKind::Revoked, b)).await?;
-                out.push(AgentRow {
-                    group: group.clone(),
-                    joined,
-                    last_seen: seen.map(|s| s[0]),
-                    certificate_until: seen.map(|s| s[1]),
-                    revoked: revoked.map(|r| r[0]),
-                });
+                match agent(&**store, &group, key).await {
+                    Ok(row) => out.extend(row),
+                    Err(e) if e.is_damage() => damaged.push(e),
+                    Err(e) => return Err(e.into()),
+                }
             }
             match page.last() {
                 Some((last, _)) if page.len() == 1000 => after = Some(last.clone()),
@@ -284,11 +277,26 @@ pub async fn agents(catalog: &Catalog) -> Result<Vec<AgentRow>, AccessError> {
             }
         }
     }
-    Ok(out)
+    Ok((out, damaged))
+}
+
+async fn agent(store: &dyn ObjectStore, group: &Name, key: &ObjectKey) -> Result<Option<AgentRow>, ReadError> {
+    let Some(joined) = read(store, key, JoinedAgent::parse).await? else { return Ok(None) };
+    let seen = read(store, &key::seen(joined.agent), |b| read_times::<2>(ObjectKind::Seen, b)).await;
+    // Last seen is only a hint.
+    let seen = seen.unwrap_or(None);
+    let revoked = read(store, &key::revoked(joined.agent), |b| read_times::<1>(ObjectKind::Revoked, b)).await?;
+    Ok(Some(AgentRow {
+        group: group.clone(),
+        joined,
+        last_seen: seen.map(|s| s[0]),
+        certificate_until: seen.map(|s| s[1]),
+        revoked: revoked.map(|r| r[0]),
+    }))
 }
 
 async fn find_agent(catalog: &Catalog, agent: AgentId) -> Result<AgentRow, AccessError> {
-    let row = agents(catalog).await?.into_iter().find(|r| r.joined.agent == agent);
+    let row = agents(catalog).await?.0.into_iter().find(|r| r.joined.agent == agent);
     row.ok_or_else(|| {
         AccessError::NotFound(format!("no agent {agent}; `backhaul-receiver agents` lists those that joined"))
     })

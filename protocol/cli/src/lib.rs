@@ -47,14 +47,20 @@ pub fn parse<C: Parser>() -> Result<C, ExitCode> {
     C::try_parse().map_err(|error| {
         let is_wrong = error.use_stderr();
         if is_wrong && std::env::args_os().any(|a| a == "--json") {
-            let text = error.to_string();
-            let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-            output::print_error("E_USAGE", message, Some("the same command with --help tells what it takes"));
+            let message = usage_message(&error.to_string());
+            output::print_error("E_USAGE", &message, Some("the same command with --help tells what it takes"));
         }
         // A terminal that went away is no error of ours.
         let _ = error.print();
         if is_wrong { Exit::Usage.into() } else { Exit::Done.into() }
     })
+}
+
+/// What is wrong, in one line, without the usage that follows.
+fn usage_message(text: &str) -> String {
+    let own = text.trim_start_matches("error: ").lines().map(str::trim);
+    let own = own.take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more information"));
+    own.filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 /// Who acts on a signal that asks the program to end.
@@ -142,4 +148,17 @@ fn init_logs(common: &CommonArgs) {
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(common.verbose > 1)
         .try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_usage_is_told_whole_in_one_line() {
+        let command = clap::Command::new("x").arg(clap::Arg::new("to").long("to").required(true));
+        let error = command.try_get_matches_from(["x"]).expect_err("it is required");
+        let message = usage_message(&error.to_string());
+        assert!(message.contains("--to") && !message.contains("Usage") && !message.contains('\n'), "{message}");
+    }
 }

@@ -64,8 +64,11 @@ impl Output {
         }
     }
 
-    /// A warning that the user should see whatever else is printed.
+    /// A warning that the user should see, unless only errors are wanted.
     pub fn warn(&self, text: &str) {
+        if self.quiet {
+            return;
+        }
         let _ = writeln!(std::io::stderr().lock(), "warning: {text}");
     }
 

@@ -266,7 +266,10 @@ impl Sink {
 }
 
 fn check_writer(peer: &Peer, head: &GroupHead, open: &Open) -> Result<(), Refusal> {
-    let adopt = "if this machine is the one that should write, let it: backhaul-receiver adopt --store URL GROUP AGENT";
+    let adopt = format!(
+        "if this machine is the one that should write, let it: backhaul-receiver adopt --store URL GROUP {}",
+        peer.agent
+    );
     let bound_machine = match &head.record.body {
         // The operator has just named the writer: its nonce, machine and high water are what it says.
         Body::Promote(promote) if promote.agent == peer.agent => return Ok(()),

@@ -26,11 +26,12 @@ struct Row {
 #[derive(Serialize)]
 struct Rows {
     agents: Vec<Row>,
+    damaged: Vec<String>,
 }
 
 /// Runs `agents`.
 pub async fn list(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
-    let rows = access::agents(&ctx.catalog().await?).await?;
+    let (rows, damaged) = access::agents(&ctx.catalog().await?).await?;
     let agents: Vec<Row> = rows
         .into_iter()
         .map(|r| Row {
@@ -47,7 +48,8 @@ pub async fn list(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
             revoked: r.revoked.map(text::time),
         })
         .collect();
-    let lines: Vec<String> = agents
+    let damaged: Vec<String> = damaged.iter().map(ToString::to_string).collect();
+    let mut lines: Vec<String> = agents
         .iter()
         .map(|a| {
             let seen = a.last_seen.as_ref().map_or("never seen".into(), |t| format!("last seen {t}"));
@@ -56,9 +58,13 @@ pub async fn list(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
             format!("{}  {}  {}  {}  {seen}{until}{revoked}", a.agent, a.group, a.host, a.role)
         })
         .collect();
-    let text = if lines.is_empty() { "no agent has joined".into() } else { lines.join("\n") };
-    out.result("backhaul.agents/1", &Rows { agents }, &text);
-    Ok(Exit::Done)
+    if lines.is_empty() {
+        lines.push("no agent has joined".into());
+    }
+    lines.extend(damaged.iter().map(|d| format!("DAMAGED, and its agent is not let in: {d}")));
+    let exit = if damaged.is_empty() { Exit::Done } else { Exit::Differ };
+    out.result("backhaul.agents/1", &Rows { agents, damaged }, &lines.join("\n"));
+    Ok(exit)
 }
 
 /// Options of `revoke`.
