@@ -22,7 +22,7 @@ use bytes::Bytes;
 
 use crate::catalog::{Appended, Catalog, GroupLog, SMALL, get_optional};
 use crate::read_error::ReadError;
-use crate::store::{Kind, ObjectStore, StoreError};
+use crate::store::{Kind, ObjectStore, StoreError, list_all};
 
 /// How managing agents fails.
 #[derive(Debug, thiserror::Error)]
@@ -260,20 +260,11 @@ pub async fn agents(catalog: &Catalog) -> Result<(Vec<AgentRow>, Vec<ReadError>)
     let located = catalog.locate().await?;
     let (mut out, mut damaged) = (Vec::new(), located.damaged);
     for (group, log) in located.groups {
-        let prefix = GroupKeys(log.group()).agents();
-        let mut after = None;
-        loop {
-            let page = store.list(&prefix, after.as_ref(), 1000).await?;
-            for (key, _) in &page {
-                match agent(&**store, &group, key).await {
-                    Ok(row) => out.extend(row),
-                    Err(e) if e.is_damage() => damaged.push(e),
-                    Err(e) => return Err(e.into()),
-                }
-            }
-            match page.last() {
-                Some((last, _)) if page.len() == 1000 => after = Some(last.clone()),
-                _ => break,
+        for (key, _) in list_all(&**store, &GroupKeys(log.group()).agents()).await? {
+            match agent(&**store, &group, &key).await {
+                Ok(row) => out.extend(row),
+                Err(e) if e.is_damage() => damaged.push(e),
+                Err(e) => return Err(e.into()),
             }
         }
     }

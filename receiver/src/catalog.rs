@@ -58,26 +58,6 @@ impl Catalog {
         Ok(Self { store, format })
     }
 
-    /// All groups by name.
-    pub async fn groups(&self) -> Result<Vec<(Name, GroupId)>, ReadError> {
-        let mut out = Vec::new();
-        let mut after = None;
-        loop {
-            let page = self.store.list(key::GROUP_NAMES, after.as_ref(), 1000).await?;
-            for (key, _) in &page {
-                if let Ok(name) = key.as_str()[key::GROUP_NAMES.len()..].parse::<Name>()
-                    && let Some(group) = self.group(&name).await?
-                {
-                    out.push((name, group));
-                }
-            }
-            match page.last() {
-                Some((last, _)) if page.len() == 1000 => after = Some(last.clone()),
-                _ => return Ok(out),
-            }
-        }
-    }
-
     /// The group of this name.
     pub async fn group(&self, name: &Name) -> Result<Option<GroupId>, ReadError> {
         let key = key::group_name(name);

@@ -10,14 +10,15 @@ use std::sync::Arc;
 use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::ids::{CaptureNumber, Generation, LogSeq, VolumeSlot};
 use backhaul_protocol::limits::{MAX_LOOSE_ENTRIES, MAX_LOOSE_SEGMENTS};
-use backhaul_protocol::store::entry::Page;
 use backhaul_protocol::store::key::{GroupKeys, ObjectId};
 use backhaul_protocol::store::map::{self, PAGES_START, Role};
 use backhaul_protocol::store::segment::{self, DraftBinding, RECORDS_START, SegmentRef, VolumeEntry};
 
 use crate::fold::{self, FoldTarget};
+use crate::layers::touched_pages;
+use crate::object_ids::IdSource;
 use crate::read_error::ReadError;
-use crate::store::ObjectStore;
+use crate::store::{ObjectStore, list_all};
 use crate::view::{Loose, MapReader, View, read_segment_index};
 use tokio::task::JoinSet;
 
@@ -30,33 +31,6 @@ const READS: usize = 16;
 /// The first capture that a session may not use which begins after `highest`. Not above it where none are left.
 pub fn end_of_captures(highest: CaptureNumber) -> CaptureNumber {
     CaptureNumber(highest.0.checked_add(MAX_CAPTURES).unwrap_or(0))
-}
-
-/// Where new objects of a session get their ids from.
-#[derive(Clone, Copy, Debug)]
-pub struct IdSource {
-    next: ObjectId,
-}
-
-impl IdSource {
-    /// For a session with this random tag.
-    pub fn new(base: LogSeq, generation: Generation, session: u32) -> Self {
-        Self { next: ObjectId { seq: base, generation, session: session.max(1), n: 0 } }
-    }
-    /// The next id.
-    pub fn take(&mut self) -> ObjectId {
-        let id = self.next;
-        self.next.n += 1;
-        id
-    }
-    /// The next id, which stays unused; the user says with [`Self::used_up_to`] how many it took.
-    pub fn peek(&self) -> ObjectId {
-        self.next
-    }
-    /// The first id that is still unused.
-    pub fn used_up_to(&mut self, next: ObjectId) {
-        self.next = next;
-    }
 }
 
 /// What has arrived for the next point and lies in the store.
@@ -209,68 +183,12 @@ impl Draft {
     }
 }
 
-/// All pages that any of these layers names, ascending.
-pub async fn touched_pages(
-    deltas: &[Arc<MapReader>],
-    loose: &[Arc<Loose>],
-) -> Result<BTreeSet<(VolumeSlot, PageIndex)>, ReadError> {
-    let mut pages: BTreeSet<_> = loose.iter().flat_map(|l| l.pages()).collect();
-    for delta in deltas {
-        let mut first = 0;
-        loop {
-            let rows = delta.rows(first).await?;
-            if rows.is_empty() {
-                break;
-            }
-            first += rows.len() as u64;
-            pages.extend(rows.iter().map(map::Row::sort_key));
-        }
-    }
-    Ok(pages)
-}
-
-/// One page of a layer, with nothing below it.
-pub async fn layer_page(
-    deltas: &[Arc<MapReader>],
-    loose: &[Arc<Loose>],
-    slot: VolumeSlot,
-    index: PageIndex,
-    blocks: usize,
-) -> Result<Page, ReadError> {
-    let mut page = Page::new(index, blocks);
-    for delta in deltas {
-        if let Some(row) = delta.row(slot, index).await? {
-            delta.entries(&row).await?.iter().for_each(|e| page.apply(e));
-        }
-    }
-    for loose in loose {
-        loose.page(slot, index).iter().for_each(|e| page.apply(&e.entry));
-    }
-    Ok(page)
-}
-
 fn stored_len(entry: &VolumeEntry) -> u64 {
     use backhaul_protocol::record::HEADER_LEN;
     use backhaul_protocol::store::entry::Content;
     match entry.entry.content {
         Content::Zero => HEADER_LEN as u64,
         Content::Data { location, .. } => u64::from(location.stored_len),
-    }
-}
-
-async fn list_all(
-    store: &dyn ObjectStore,
-    prefix: &str,
-) -> Result<Vec<(backhaul_protocol::store::key::ObjectKey, u64)>, ReadError> {
-    let mut out = Vec::new();
-    loop {
-        let after = out.last().map(|(key, _): &(backhaul_protocol::store::key::ObjectKey, u64)| key.clone());
-        let page = store.list(prefix, after.as_ref(), 1000).await?;
-        let full = page.len() == 1000;
-        out.extend(page);
-        if !full {
-            return Ok(out);
-        }
     }
 }
 

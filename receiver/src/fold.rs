@@ -17,7 +17,8 @@ use backhaul_protocol::store::map::{MapBuilder, MapObject, MapRef, Role};
 use backhaul_protocol::store::segment::{DraftBinding, SegmentRef};
 use bytes::Bytes;
 
-use crate::draft::{IdSource, layer_page, touched_pages};
+use crate::layers::{layer_page, touched_pages};
+use crate::object_ids::IdSource;
 use crate::read_error::ReadError;
 use crate::store::ObjectStore;
 use crate::view::{Loose, MapReader, View, ViewVolume};

@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 
 use crate::catalog::{GroupLog, get_optional, number_of, numbered_prefix};
 use crate::read_error::ReadError;
+use crate::store::list_all;
 
 /// Longest checkpoint that is read: over 500,000 points of one volume.
 const MAX_CHECKPOINT: usize = 64 << 20;
@@ -182,16 +183,8 @@ impl GroupLog {
 
     /// All keys that end in a number, as this one does.
     async fn list(&self, one: &ObjectKey) -> Result<Vec<ObjectKey>, ReadError> {
-        let prefix = numbered_prefix(one);
-        let mut keys: Vec<ObjectKey> = Vec::new();
-        loop {
-            let page = self.store().list(prefix, keys.last(), 1000).await?;
-            let is_last = page.len() < 1000;
-            keys.extend(page.into_iter().map(|(key, _)| key));
-            if is_last {
-                return Ok(keys);
-            }
-        }
+        let found = list_all(&**self.store(), numbered_prefix(one)).await?;
+        Ok(found.into_iter().map(|(key, _)| key).collect())
     }
 
     /// Points, hash and number of the newest checkpoint that can be read: where to go on reading.

@@ -13,7 +13,7 @@ use backhaul_protocol::store::log::Body;
 
 use crate::catalog::{Catalog, GroupLog, SMALL, get_optional};
 use crate::read_error::ReadError;
-use crate::store::{Kind, ObjectStore, StoreError, Verb};
+use crate::store::{Kind, ObjectStore, StoreError, Verb, list_all};
 
 /// The groups of a store.
 #[derive(Clone, Debug, Default)]
@@ -52,7 +52,7 @@ impl Catalog {
     /// All groups. Those whose name can't be read are found by the first record of their log.
     pub async fn locate(&self) -> Result<Located, ReadError> {
         let mut found = Located::default();
-        let names = self.store.list(key::GROUP_NAMES, None, usize::MAX).await?;
+        let names = list_all(&*self.store, key::GROUP_NAMES).await?;
         for name in names.iter().filter_map(|(key, _)| key.as_str()[key::GROUP_NAMES.len()..].parse::<Name>().ok()) {
             match self.group(&name).await {
                 Ok(Some(group)) => found.groups.push((name, self.log(group))),

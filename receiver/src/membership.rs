@@ -5,10 +5,11 @@
 use backhaul_protocol::ids::GroupId;
 use backhaul_protocol::store::envelope::{FormatError, Kind};
 use backhaul_protocol::store::fleet::{JoinedAgent, Redeemed, Token, read_times};
-use backhaul_protocol::store::key::{self, GroupKeys, ObjectKey};
+use backhaul_protocol::store::key::{self, GroupKeys};
 
 use crate::catalog::{Catalog, SMALL, get_optional};
 use crate::read_error::ReadError;
+use crate::store::list_all;
 
 type Parse = fn(&[u8]) -> Result<(), FormatError>;
 
@@ -24,22 +25,14 @@ pub async fn damaged(catalog: &Catalog, groups: &[GroupId]) -> Result<Vec<ReadEr
     let of_groups = agents.map(|prefix| (prefix, (|b| JoinedAgent::parse(b).map(drop)) as Parse));
     let mut found = Vec::new();
     for (prefix, parse) in of_groups.chain(of_store.map(|(prefix, parse)| (prefix.to_owned(), parse))) {
-        let mut after: Option<ObjectKey> = None;
-        loop {
-            let page = catalog.store.list(&prefix, after.as_ref(), 1000).await?;
-            for (key, _) in &page {
-                match get_optional(&*catalog.store, key, SMALL).await {
-                    Ok(None) => {}
-                    Ok(Some(bytes)) => found.extend(parse(&bytes).map_err(ReadError::damaged(key)).err()),
-                    Err(e) => match ReadError::from(e) {
-                        e if e.is_damage() => found.push(e),
-                        e => return Err(e),
-                    },
-                }
-            }
-            match page.into_iter().next_back() {
-                Some((last, _)) => after = Some(last),
-                None => break,
+        for (key, _) in list_all(&*catalog.store, &prefix).await? {
+            match get_optional(&*catalog.store, &key, SMALL).await {
+                Ok(None) => {}
+                Ok(Some(bytes)) => found.extend(parse(&bytes).map_err(ReadError::damaged(&key)).err()),
+                Err(e) => match ReadError::from(e) {
+                    e if e.is_damage() => found.push(e),
+                    e => return Err(e),
+                },
             }
         }
     }

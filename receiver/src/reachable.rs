@@ -8,14 +8,14 @@ use std::sync::Arc;
 use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::ids::Name;
 use backhaul_protocol::store::entry::Content;
-use backhaul_protocol::store::key::{GroupKeys, ObjectId, ObjectKey};
+use backhaul_protocol::store::key::{GroupKeys, ObjectId};
 use backhaul_protocol::store::map::Reached;
 use backhaul_volume::rebuild::block_range;
 use tokio::task::JoinSet;
 
 use crate::read_error::ReadError;
 use crate::salvage::{Lost, OnDamage, join_neighbours};
-use crate::store::{Kind, ObjectStore};
+use crate::store::{Kind, ObjectStore, list_all};
 use crate::view::{View, ViewVolume};
 
 /// Objects that are asked for one by one; more are looked up in lists of 1000. Arbitrary.
@@ -58,17 +58,8 @@ pub async fn missing_segments(
 }
 
 async fn list(store: &dyn ObjectStore, keys: GroupKeys) -> Result<BTreeSet<ObjectId>, ReadError> {
-    let prefix = format!("groups/{}/segments/", keys.0);
-    let mut found = BTreeSet::new();
-    let mut after: Option<ObjectKey> = None;
-    loop {
-        let page = store.list(&prefix, after.as_ref(), 1000).await?;
-        found.extend(page.iter().filter_map(|(key, _)| keys.object_id(key)));
-        match page.into_iter().next_back() {
-            Some((last, _)) if found.len() >= 1000 && after.as_ref() != Some(&last) => after = Some(last),
-            _ => return Ok(found),
-        }
-    }
+    let found = list_all(store, &format!("groups/{}/segments/", keys.0)).await?;
+    Ok(found.iter().filter_map(|(key, _)| keys.object_id(key)).collect())
 }
 
 /// Those that are not there. Lists of lesser stores may be old: only asking counts.

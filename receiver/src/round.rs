@@ -25,9 +25,9 @@ use backhaul_protocol::wire::message::{
 use tokio::sync::{Semaphore, watch};
 
 use crate::catalog::{Appended, GroupLog};
-use crate::draft::layer_page;
 use crate::fold::{self, FoldTarget, Layers};
 use crate::ingest::{Ingest, Progress};
+use crate::layers::layer_page;
 use crate::read_error::ReadError;
 use crate::segment_writer::{Budget, Rest, SegmentWriter};
 use crate::view::{Loose, View, ViewVolume};

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use tokio::sync::{Mutex as AsyncMutex, Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
-use crate::draft::IdSource;
+use crate::object_ids::IdSource;
 use crate::store::{Kind, ObjectStore, StoreError};
 
 /// The budget counts in pieces of this many bytes.

@@ -117,7 +117,7 @@ fn what_is_wrong_with_a_bucket_is_said() {
             if name == "AWS_SESSION_TOKEN" && bad.trim() != "AKIA\nTEST" {
                 continue;
             }
-            let failed = with(&url, name, bad).fails(78, "E_STORE");
+            let failed = with(&url, name, bad).fails(12, "E_STORE");
             let message = failed["error"]["message"].as_str().expect("a text").to_owned();
             assert!(message.contains(name) && !message.contains("AKIA"), "{message}");
         }

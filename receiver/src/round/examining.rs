@@ -15,7 +15,7 @@ use backhaul_protocol::wire::message::{Reason, Refusal};
 
 use super::Round;
 use super::group_state::KnownHead;
-use crate::draft::{layer_page, touched_pages};
+use crate::layers::{layer_page, touched_pages};
 use crate::read_error::ReadError;
 use crate::view::{Loose, View};
 

@@ -11,8 +11,9 @@ use backhaul_protocol::session::sink::GroupHead;
 use backhaul_protocol::store::segment::DraftBinding;
 
 use crate::catalog::GroupLog;
-use crate::draft::{Draft, IdSource, end_of_captures};
+use crate::draft::{Draft, end_of_captures};
 use crate::fold::Layers;
+use crate::object_ids::IdSource;
 use crate::read_error::ReadError;
 use crate::salvage::{OpenedView, open_view};
 use crate::view::View;

@@ -16,8 +16,9 @@ use backhaul_protocol::store::segment::DraftBinding;
 use super::Round;
 use super::group_state::{GroupState, KnownHead};
 use crate::catalog::GroupLog;
-use crate::draft::{Draft, IdSource, end_of_captures};
+use crate::draft::{Draft, end_of_captures};
 use crate::fold::{self, Layers};
+use crate::object_ids::IdSource;
 use crate::read_error::ReadError;
 use crate::view::Loose;
 

@@ -11,9 +11,9 @@ use backhaul_protocol::wire::message::{Reason, VolumesChanged};
 use tokio::sync::watch;
 
 use super::{LATE, Late, wait_for};
-use crate::draft::IdSource;
 use crate::fold::FoldTarget;
 use crate::ingest::Progress;
+use crate::object_ids::IdSource;
 use crate::store::fault::{Fault, FaultStore, When};
 use crate::store::mem::MemStore;
 use crate::store::{Kind, Verb};

@@ -84,6 +84,22 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
     }
 }
 
+/// All keys that start with `prefix`. A thousand at a time, so that what fails is tried again from where it was.
+pub async fn list_all(store: &dyn ObjectStore, prefix: &str) -> Result<Vec<(ObjectKey, u64)>, StoreError> {
+    let mut found: Vec<(ObjectKey, u64)> = Vec::new();
+    loop {
+        let page = store.list(prefix, found.last().map(|(key, _)| key), LIST_PAGE).await?;
+        let is_last = page.len() < LIST_PAGE;
+        found.extend(page);
+        if is_last {
+            return Ok(found);
+        }
+    }
+}
+
+/// Keys that S3 lists at once.
+const LIST_PAGE: usize = 1000;
+
 /// Longest that [`open`] tries to reach a bucket: who mistyped an address wants to know soon. Arbitrary.
 const FIRST_CONTACT: Duration = Duration::from_secs(10);
 

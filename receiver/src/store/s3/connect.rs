@@ -157,7 +157,7 @@ fn check_credentials(url: &S3Url, found: &aws_sdk_s3::config::Credentials) -> Re
         None => Ok(()),
         Some((name, _)) => {
             let what = format!("{name} is empty, or has a space, a line break or another character that no key has");
-            Err(StoreError::new(Kind::Config, Verb::Open, url, what))
+            Err(StoreError::new(Kind::Permission, Verb::Open, url, what))
         }
     }
 }
