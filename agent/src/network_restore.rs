@@ -83,7 +83,7 @@ pub async fn plan(
         });
     }
     phase.finish();
-    Ok(RestorePlan { point: opened.seq.0, volumes })
+    Ok(RestorePlan { point: opened.seq.0, volumes, lost: Vec::new() })
 }
 
 /// A volume, and where it goes: a target that was checked, and later one that is open for writing.

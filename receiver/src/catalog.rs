@@ -17,6 +17,7 @@ use backhaul_protocol::store::key::{self, GroupKeys};
 use backhaul_protocol::store::log::Record;
 use bytes::Bytes;
 
+use crate::history::MAX_CHECKPOINT;
 use crate::read_error::ReadError;
 use crate::store::{Kind, ObjectStore, StoreError};
 
@@ -257,12 +258,24 @@ impl GroupLog {
 
     /// Writes the checkpoint at `seq` from the one before and the records since.
     pub async fn write_checkpoint(&self, seq: LogSeq) -> Result<(), ReadError> {
-        let mut points = self.points().await?;
+        let history = self.history().await?;
+        // What is missing shows in any list of the log; what is damaged would be forgotten.
+        let damaged = history.unreadable.iter().find(|(_, e)| !matches!(e, ReadError::Log { .. }));
+        if let Some(e) = damaged.map(|(_, e)| e).or(history.broken.first()) {
+            return Err(e.clone());
+        }
+        let mut points = history.points;
         points.retain(|p| p.seq <= seq);
         let lost = ReadError::Log { seq, what: "the record went away" };
         let (record, hash) = self.read(seq).await?.ok_or(lost)?;
         let checkpoint = Checkpoint { group: self.group(), seq, hash, generation: record.generation, points };
-        match self.store.put_new(&self.keys.checkpoint(seq), Bytes::from(checkpoint.to_bytes())).await {
+        let bytes = checkpoint.to_bytes();
+        if bytes.len() > MAX_CHECKPOINT {
+            // Nobody would read it.
+            tracing::warn!(group = %self.group(), "too many points for another checkpoint: lists of points get slower");
+            return Ok(());
+        }
+        match self.store.put_new(&self.keys.checkpoint(seq), Bytes::from(bytes)).await {
             Err(e) if e.kind() != Kind::Exists => Err(e.into()),
             _ => Ok(()),
         }

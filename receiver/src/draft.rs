@@ -107,12 +107,23 @@ impl Draft {
         // Merged deltas reach the older ones that they replaced only through their segments: the newest that covers
         // a segment is enough, all of them are harmless, since captures decide.
         for reader in candidates {
-            for (what, _) in reader.reach().await? {
-                if let map::Reached::Segment(id) = what {
-                    covered.insert(id);
+            let reach = match touched_pages(std::slice::from_ref(&reader), &[]).await {
+                Ok(_) => reader.reach().await,
+                Err(e) => Err(e),
+            };
+            match reach {
+                Ok(reach) => {
+                    covered.extend(reach.into_iter().filter_map(|(what, _)| match what {
+                        map::Reached::Segment(id) => Some(id),
+                        map::Reached::Map(_) => None,
+                    }));
+                    draft.deltas.push(reader);
                 }
+                Err(e) if e.is_damage() && !e.is_unreadable() => {
+                    tracing::warn!(error = %e, "a map of the draft is damaged; its segments are read one by one");
+                }
+                Err(e) => return Err(e),
             }
-            draft.deltas.push(reader);
         }
         let mut entries = Vec::new();
         for (key, size) in list_all(&**store, &keys.draft_segments(generation, base)).await? {
@@ -204,7 +215,7 @@ async fn open_draft_map(
     if head.binding != binding || head.role != Role::Delta || keys.object_id(key) != Some(head.id) {
         return Ok(None);
     }
-    MapReader::open(store.clone(), keys, reference).await.map(Some)
+    Ok(Some(MapReader::with_head(store.clone(), keys, reference, head)))
 }
 
 async fn open_draft_segment(

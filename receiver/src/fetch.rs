@@ -152,7 +152,9 @@ impl Shared {
         match self.store.get_range(&key, read.range.clone()).await {
             Ok(bytes) => self.open(read, bytes).await,
             // A truncated object still has the records before its end.
-            Err(e) if e.kind() == Kind::Corrupt && read.records.len() > 1 => self.one_by_one(read).await,
+            Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Unreadable) && read.records.len() > 1 => {
+                self.one_by_one(read).await
+            }
             Err(e) if ReadError::from(e.clone()).is_damage() => {
                 let cause = e.to_string();
                 let lost = |w: &Wanted| LostBlock { block: w.block, object: key.clone(), cause: cause.clone() };

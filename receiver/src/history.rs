@@ -3,6 +3,7 @@
 //! Read first: [`History`], then [`GroupLog::find`]. Nothing here ever takes an older point for the latest: where the
 //! record that may be the wanted one can't be read, that is an error that names the next older point.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use backhaul_cli::text;
@@ -20,7 +21,7 @@ use crate::read_error::ReadError;
 use crate::store::list_all;
 
 /// Longest checkpoint that is read: over 500,000 points of one volume.
-const MAX_CHECKPOINT: usize = 64 << 20;
+pub(crate) const MAX_CHECKPOINT: usize = 64 << 20;
 /// Log records that are read at once.
 const READ_AHEAD: usize = 16;
 /// Records in a gap of the log that are told one by one; of a longer gap the first ones and the last. A gap that long is
@@ -40,6 +41,8 @@ pub struct History {
     pub broken: Vec<ReadError>,
     /// Checkpoints and hints: no point is lost with them.
     pub aside: Vec<ReadError>,
+    /// The checkpoint that it begins with: of the points up to there the records were not read.
+    checkpoint: Option<LogSeq>,
 }
 
 impl History {
@@ -86,8 +89,10 @@ impl GroupLog {
     /// store; damage is in the result.
     pub async fn history(&self) -> Result<History, ReadError> {
         let mut history = History::default();
-        let extent = self.extent(&mut history).await?;
-        let (mut previous, from) = self.checkpoint(&mut history).await?;
+        // Listed before the newest record is looked for: what a checkpoint tells of was there before it.
+        let checkpoints = self.list(&self.keys().checkpoint(LogSeq(0))).await?;
+        let extent = self.extent(checkpoints.last().and_then(number_of), &mut history).await?;
+        let (mut previous, from) = self.checkpoint(checkpoints, &mut history).await?;
         for numbers in extent.numbers(from).chunks(READ_AHEAD) {
             let mut reads = JoinSet::new();
             for &seq in numbers {
@@ -121,27 +126,24 @@ impl GroupLog {
     pub async fn whole_history(&self) -> Result<History, ReadError> {
         let mut history = self.history().await?;
         let (listed, floor) = (self.listed().await?, self.floor().await.unwrap_or_default());
-        let is_there = |seq: LogSeq| {
-            let at = listed.partition_point(|r| r.end <= seq.0);
-            listed.get(at).is_some_and(|r| r.start <= seq.0)
-        };
-        // What is newer than the list was read one by one.
-        let last = listed.last().map_or(0, |r| r.end);
-        let gone = |p: &PointSummary| p.seq >= floor && p.seq.0 < last && !is_there(p.seq);
-        let missing = history.points.extract_if(.., |p| gone(p)).map(|p| p.seq);
-        let missing: Vec<_> = missing.map(|seq| (seq, ReadError::Log { seq, what: "it is missing" })).collect();
-        history.unreadable.extend(missing);
+        let extent = Extent { hint: history.checkpoint, listed };
+        let known: BTreeSet<LogSeq> = history.unreadable.iter().map(|(seq, _)| *seq).collect();
+        let missing: BTreeSet<LogSeq> = extent.gaps(floor.0).into_iter().collect();
+        // What is newer than the checkpoint was read one by one.
+        history.points.retain(|p| Some(p.seq) > history.checkpoint || extent.has(p.seq));
+        let missing = missing.difference(&known).map(|seq| (*seq, ReadError::Log { seq: *seq, what: "it is missing" }));
+        history.unreadable.extend(missing.collect::<Vec<_>>());
         history.unreadable.sort_by_key(|(seq, _)| *seq);
         Ok(history)
     }
 
-    /// Which numbers there are or were.
-    async fn extent(&self, history: &mut History) -> Result<Extent, ReadError> {
+    /// Which numbers there are or were. `known`: there was a record of this number.
+    async fn extent(&self, known: Option<LogSeq>, history: &mut History) -> Result<Extent, ReadError> {
         let hint = match self.hint().await {
-            Ok(hint) => hint,
+            Ok(hint) => hint.max(known),
             Err(e) if e.is_damage() => {
                 history.aside.push(e);
-                None
+                known
             }
             Err(e) => return Err(e),
         };
@@ -188,20 +190,30 @@ impl GroupLog {
     }
 
     /// Points, hash and number of the newest checkpoint that can be read: where to go on reading.
-    async fn checkpoint(&self, history: &mut History) -> Result<(Option<ObjectDigest>, u64), ReadError> {
-        for key in self.list(&self.keys().checkpoint(LogSeq(0))).await?.into_iter().rev() {
+    async fn checkpoint(
+        &self,
+        keys: Vec<ObjectKey>,
+        history: &mut History,
+    ) -> Result<(Option<ObjectDigest>, u64), ReadError> {
+        for key in keys.into_iter().rev() {
             let Some(at) = number_of(&key) else { continue };
-            if let Some(bytes) = get_optional(&**self.store(), &key, MAX_CHECKPOINT).await? {
-                match Checkpoint::parse(self.group(), at, &bytes) {
-                    Ok(checkpoint) => {
-                        history.points = checkpoint.points;
-                        return Ok((Some(checkpoint.hash), at.0 + 1));
-                    }
-                    Err(cause) => history.aside.push(ReadError::Damaged { key, cause }),
+            let read = get_optional(&**self.store(), &key, MAX_CHECKPOINT).await.map_err(ReadError::from);
+            let parsed = read.and_then(|found| {
+                let bytes = found.as_deref();
+                bytes.map(|b| Checkpoint::parse(self.group(), at, b).map_err(ReadError::damaged(&key))).transpose()
+            });
+            match parsed {
+                Ok(Some(checkpoint)) => {
+                    history.points = checkpoint.points;
+                    history.checkpoint = Some(at);
+                    return Ok((Some(checkpoint.hash), at.0 + 1));
                 }
+                Ok(None) => {}
+                Err(e) if e.is_damage() => history.aside.push(e),
+                Err(e) => return Err(e),
             }
         }
-        Ok((None, 0))
+        Ok((None, self.floor().await.unwrap_or_default().0))
     }
 
     /// The point that is meant, and its record.
@@ -276,7 +288,8 @@ impl GroupLog {
     }
 
     async fn look_back(&self) -> Result<Option<LogSeq>, ReadError> {
-        let hint = self.hint().await?.unwrap_or_default();
+        let checkpoint = self.list(&self.keys().checkpoint(LogSeq(0))).await?.last().and_then(number_of);
+        let hint = self.hint().await?.max(checkpoint).unwrap_or_default();
         let newest = self.newest_from(hint).await?;
         if newest < hint {
             return Err(ReadError::Log { seq: hint, what: "it is missing" });
@@ -313,16 +326,27 @@ struct Extent {
 impl Extent {
     /// The numbers to read from `from` on: those that are there, and those that should be.
     fn numbers(&self, from: u64) -> Vec<LogSeq> {
-        let hint = self.hint.map(|hint| hint.0..hint.0 + 1);
+        let there = self.listed.iter().flat_map(|r| r.start.max(from)..r.end).map(LogSeq);
+        let mut out: Vec<LogSeq> = there.chain(self.gaps(from)).collect();
+        out.sort_unstable();
+        out
+    }
+
+    fn has(&self, seq: LogSeq) -> bool {
+        let at = self.listed.partition_point(|r| r.end <= seq.0);
+        self.listed.get(at).is_some_and(|r| r.start <= seq.0)
+    }
+
+    /// The numbers from `from` on that should be there and are not.
+    fn gaps(&self, from: u64) -> Vec<LogSeq> {
+        let hint = self.hint.map(|hint| hint.0 + 1..hint.0 + 1);
         let mut out = Vec::new();
         let mut next = from;
         for range in self.listed.iter().cloned().chain(hint).filter(|r| r.end > from) {
-            let start = range.start.max(from);
-            if next < start {
-                out.extend(next..start.min(next + MAX_GAP));
-                out.extend((start - next > MAX_GAP).then_some(start - 1));
+            if next < range.start {
+                out.extend(next..range.start.min(next + MAX_GAP));
+                out.extend((range.start - next > MAX_GAP).then_some(range.start - 1));
             }
-            out.extend(start.max(next)..range.end);
             next = next.max(range.end);
         }
         out.into_iter().map(LogSeq).collect()

@@ -223,3 +223,26 @@ async fn records_that_only_a_checkpoint_knows_are_missing() {
     assert_eq!(older_than(&log, PointSpec::Time(times[2])).await, Some(LogSeq(1)));
     assert_eq!(log.find(PointSpec::Latest).await.expect("whole").0.seq, LogSeq(6));
 }
+
+/// The end of the log is lost, and nothing but a checkpoint tells that it was longer.
+#[tokio::test]
+async fn a_checkpoint_tells_how_long_the_log_was() {
+    let (store, group) = group(6).await;
+    let log = log(&group).await;
+    log.write_checkpoint(LogSeq(6)).await.expect("the store works");
+    let times: Vec<UnixMillis> = log.history().await.expect("the store works").points.iter().map(|p| p.time).collect();
+    for (gone, left) in [(6, 5), (5, 4)] {
+        store.tamper(&log.keys().log(LogSeq(gone)), None);
+        assert_eq!(older_than(&log, PointSpec::Latest).await, Some(LogSeq(left)));
+        assert_eq!(older_than(&log, PointSpec::Time(times[5])).await, Some(LogSeq(left)));
+        let history = log.whole_history().await.expect("the store works");
+        assert_eq!(numbers(&history), (1..=left).collect::<Vec<_>>());
+        assert_eq!(history.unreadable.len() as u64, 6 - left);
+    }
+    store.tamper(&log.keys().log(LogSeq(0)), None);
+    let history = log.whole_history().await.expect("the store works");
+    assert_eq!(history.unreadable.first().map(|(seq, _)| *seq), Some(LogSeq(0)));
+    // One that can't be read costs nothing but time.
+    flip(&store, &log.keys().checkpoint(LogSeq(6)));
+    assert_eq!(numbers(&log.whole_history().await.expect("the store works")), [1, 2, 3, 4]);
+}

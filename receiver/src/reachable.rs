@@ -14,7 +14,7 @@ use backhaul_volume::rebuild::block_range;
 use tokio::task::JoinSet;
 
 use crate::read_error::ReadError;
-use crate::salvage::{Lost, OnDamage, join_neighbours};
+use crate::salvage::{Lost, join_neighbours};
 use crate::store::{Kind, ObjectStore, list_all};
 use crate::view::{View, ViewVolume};
 
@@ -23,14 +23,14 @@ const ASK: usize = 256;
 /// Questions under way at once.
 const AT_ONCE: usize = 32;
 
-/// The segments (and log records) that the view points to and that are not there. A map whose reach can't be read is
-/// an error, or with [`OnDamage::Salvage`] passed over.
+/// The segments (and log records) that the view points to and that are not there, and the maps whose reach can't be read:
+/// what they need shows when it is fetched.
 pub async fn missing_segments(
     store: &Arc<dyn ObjectStore>,
     keys: GroupKeys,
     view: &View,
-    on_damage: OnDamage,
-) -> Result<BTreeSet<ObjectId>, ReadError> {
+) -> Result<(BTreeSet<ObjectId>, Vec<ReadError>), ReadError> {
+    let mut unreadable = Vec::new();
     let mut needed: BTreeSet<ObjectId> = view
         .loose
         .iter()
@@ -46,7 +46,7 @@ pub async fn missing_segments(
                 Reached::Segment(id) => Some(id),
                 Reached::Map(_) => None,
             })),
-            Err(e) if on_damage == OnDamage::Salvage && e.is_damage() => {}
+            Err(e) if e.is_damage() => unreadable.push(e),
             Err(e) => return Err(e),
         }
     }
@@ -54,7 +54,7 @@ pub async fn missing_segments(
         let listed = list(&**store, keys).await?;
         needed.retain(|id| !listed.contains(id));
     }
-    ask(store, keys, needed).await
+    Ok((ask(store, keys, needed).await?, unreadable))
 }
 
 async fn list(store: &dyn ObjectStore, keys: GroupKeys) -> Result<BTreeSet<ObjectId>, ReadError> {
@@ -79,7 +79,7 @@ async fn ask(
         }
         match asked.join_next().await.map(|joined| joined.expect("asking does not panic")) {
             None => return Ok(missing),
-            Some((id, Err(e))) if matches!(e.kind(), Kind::NotFound | Kind::Corrupt) => {
+            Some((id, Err(e))) if matches!(e.kind(), Kind::NotFound | Kind::Corrupt | Kind::Unreadable) => {
                 missing.insert(id);
             }
             Some((_, result)) => {

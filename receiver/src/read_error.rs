@@ -73,9 +73,13 @@ impl ReadError {
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Damaged { .. } | Self::Record { .. } | Self::Log { .. } | Self::Point { .. } => true,
-            Self::Store(e) => matches!(e.kind(), Kind::NotFound | Kind::Corrupt),
+            Self::Store(e) => matches!(e.kind(), Kind::NotFound | Kind::Corrupt | Kind::Unreadable),
             Self::NotFound(_) => false,
         }
+    }
+    /// Whether it is there and can't be read now: no reason to do without it for good.
+    pub fn is_unreadable(&self) -> bool {
+        matches!(self, Self::Store(e) if e.kind() == Kind::Unreadable)
     }
     /// What an agent is told.
     pub fn refusal(&self) -> Refusal {

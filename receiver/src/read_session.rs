@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 use crate::catalog::GroupLog;
 use crate::plan::reads::{MAX_GAP, MAX_READ, Read, Wanted, plan_reads, record_in};
 use crate::read_error::ReadError;
+use crate::salvage::{BadIndex, OpenedView, open_view};
 use crate::store::ObjectStore;
 use crate::view::View;
 
@@ -43,7 +44,11 @@ impl Reading {
         out: mpsc::Sender<ReceiverMessage>,
     ) -> Result<(Self, ReadOpened), ReadError> {
         let (record, point) = log.find(spec).await?;
-        let view = Arc::new(View::open(log.store(), log.keys(), &point).await?);
+        let OpenedView { view, holes, .. } = open_view(&log, &point, BadIndex::Rebuild).await?;
+        if let Some(hole) = holes.first() {
+            return Err(hole.error().clone());
+        }
+        let view = Arc::new(view);
         let volumes = point.volumes.iter().map(|v| ReadVolume {
             slot: v.slot,
             id: v.id,

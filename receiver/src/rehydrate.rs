@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use backhaul_protocol::digest::{BlockDigest, VolumeDigest};
-use backhaul_protocol::geometry::{BlockIndex, PageIndex};
+use backhaul_protocol::geometry::{BlockIndex, Geometry, PageIndex};
 use backhaul_protocol::ids::Name;
 use backhaul_protocol::store::entry::Page;
 use backhaul_protocol::store::key::GroupKeys;
@@ -214,28 +214,11 @@ impl Restoring {
                     found
                 }
             };
-            pages.push((index, page, self.as_unknown(index, found)));
+            pages.push((index, page, as_unknown(self.volume.geometry, &self.unknown, index, found)));
         }
         let plan = plan_window(self.volume.geometry, self.volume.slot, &pages);
         let lost_bytes = window.lost.iter().map(|l| l.end - l.start).sum();
         Ok(Planned { plan, read, lost: window.lost, lost_bytes })
-    }
-
-    /// The index says nothing of unknown blocks, which means zero: nothing happens to them if they are said to be.
-    fn as_unknown(&self, index: PageIndex, mut found: Found) -> Found {
-        let (geometry, whole) = (self.volume.geometry, page_range(self.volume.geometry, index));
-        if let Found::Digests(digests) = &mut found {
-            let from = self.unknown.partition_point(|r| r.end <= whole.start);
-            for range in self.unknown[from..].iter().take_while(|r| r.start < whole.end) {
-                for (i, digest) in digests.iter_mut().enumerate() {
-                    let block = block_range(geometry, BlockIndex(index.first_block().0 + i as u64));
-                    if range.start <= block.start && block.end <= range.end {
-                        *digest = BlockDigest::ZERO;
-                    }
-                }
-            }
-        }
-        found
     }
 
     /// Completes the target.
@@ -258,13 +241,18 @@ impl Restoring {
         let read = read.await.expect("verifying does not panic")?;
         let mut ranges = Vec::new();
         let is_gone = |page: &PageIndex| is_inside(gone, &page_range(geometry, *page));
-        for page in read.differing(&survey.ranges).into_iter().filter(|p| !is_gone(p)).take(MAX_EXPLAINED) {
-            let found = self.differing_in(page, gone).await?;
+        let mut explained = 0;
+        for page in read.differing(&survey.ranges).into_iter().filter(|p| !is_gone(p)) {
+            let (found, whole) = (self.differing_in(page, gone).await?, page_range(geometry, page));
             // A page that differed once and is equal when it is read again is no page to trust.
-            if found.is_empty() && gone.is_empty() {
-                ranges.push(page_range(geometry, page));
+            if found.is_empty() && !gone.iter().any(|r| r.start < whole.end && whole.start < r.end) {
+                ranges.push(whole);
             }
             ranges.extend(found);
+            explained += usize::from(!ranges.is_empty());
+            if explained == MAX_EXPLAINED {
+                break;
+            }
         }
         if !ranges.is_empty() {
             return Err(RestoreError::Differs { volume: self.name.clone(), ranges });
@@ -291,6 +279,24 @@ impl Restoring {
         }
         Ok(out)
     }
+}
+
+/// The index says nothing of unknown blocks, which means zero: nothing happens to them if they are said to be.
+/// `unknown`: bytes, ascending and apart.
+pub(crate) fn as_unknown(geometry: Geometry, unknown: &[Range<u64>], index: PageIndex, mut found: Found) -> Found {
+    let whole = page_range(geometry, index);
+    if let Found::Digests(digests) = &mut found {
+        let from = unknown.partition_point(|r| r.end <= whole.start);
+        for range in unknown[from..].iter().take_while(|r| r.start < whole.end) {
+            for (i, digest) in digests.iter_mut().enumerate() {
+                let block = block_range(geometry, BlockIndex(index.first_block().0 + i as u64));
+                if range.start <= block.start && block.end <= range.end {
+                    *digest = BlockDigest::ZERO;
+                }
+            }
+        }
+    }
+    found
 }
 
 /// Whether one of the ranges, which are ascending and apart, holds all of `what`.

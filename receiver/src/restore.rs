@@ -28,7 +28,9 @@ use crate::reachable::{blocks_in, missing_segments};
 use crate::read_error::ReadError;
 use crate::rehydrate::{Restoring, Verified, Written};
 use crate::restore_error::RestoreError;
-use crate::salvage::{Hole, Loss, Lost, OnDamage, OpenedView, behind_holes, join_neighbours, open_view};
+use crate::salvage::{
+    BadIndex, Hole, Loss, Lost, OnDamage, OpenedView, behind_holes, join_neighbours, object_of, open_view,
+};
 use crate::survey::{Survey, survey};
 use crate::view::{View, ViewVolume};
 
@@ -133,7 +135,7 @@ pub struct VolumeOutcome {
     pub bytes_written: u64,
     /// Bytes of a device behind the volume's end, which stay as they were.
     pub beyond: u64,
-    /// What the blocks hold now of which nothing can be had: `zero` or `left as they were`.
+    /// What the blocks hold now of which nothing can be had.
     pub lost_blocks: &'static str,
 }
 
@@ -145,7 +147,7 @@ impl Prepared {
         let log = catalog.expect_group(&request.group).await?;
         let (record, point) = log.find(request.point).await?;
         let wanted = match_targets(&request, &point)?;
-        let OpenedView { view, holes, mended } = open_view(&log, &point).await?;
+        let OpenedView { view, holes, mended } = open_view(&log, &point, BadIndex::Rebuild).await?;
         let mut damaged = Vec::new();
         let total = wanted.iter().map(|(v, _)| v.geometry.length()).sum();
         let phase = progress.phase("read the point's index", total);
@@ -173,7 +175,7 @@ impl Prepared {
         if request.on_damage == OnDamage::Fail && !damaged.is_empty() {
             return Err(RestoreError::Damaged(damaged));
         }
-        let missing = missing_segments(log.store(), log.keys(), &view, request.on_damage).await?;
+        let (missing, unreachable) = missing_segments(log.store(), log.keys(), &view).await?;
         if !missing.is_empty() && request.on_damage == OnDamage::Fail {
             let mut lost = Vec::new();
             for (stated, _, volume, _) in &surveyed {
@@ -185,16 +187,17 @@ impl Prepared {
         }
         phase.finish();
         damaged.extend(surveyed.iter().flat_map(|(.., survey)| survey.lost.iter().cloned()));
-        let harmless = holes.iter().map(Hole::harmless).filter(|h| !damaged.iter().any(|l| l.object == h.object));
-        let harmless = harmless.chain(mended).collect();
+        let about = holes.iter().filter(|h| surveyed.iter().any(|(stated, ..)| h.is_about(stated.slot)));
+        let harmless = about.map(Hole::harmless).filter(|h| !damaged.iter().any(|l| l.object == h.object));
+        let harmless = harmless.chain(mended).chain(unreachable.iter().map(passed_over)).collect();
         let jobs = check_targets(&request, surveyed)?;
         let (seq, time, consistency) = (record.seq, record.time, point.consistency);
         let view = Arc::new(view);
         Ok(Self { request, log, counting, view, jobs, started, point: seq, time, consistency, damaged, harmless })
     }
 
-    pub(crate) fn into_jobs(self) -> (Arc<View>, Vec<Job>) {
-        (self.view, self.jobs)
+    pub(crate) fn into_jobs(self) -> (Arc<View>, Vec<Job>, Vec<Lost>) {
+        (self.view, self.jobs, self.damaged)
     }
 
     /// Restores, and reads everything back.
@@ -252,8 +255,13 @@ impl Prepared {
     }
 }
 
+/// A list of what a map reaches is for those who delete: a restore does without it.
+fn passed_over(error: &ReadError) -> Lost {
+    Lost::object(object_of(error), format!("{error}; no block that was looked at is lost by it"))
+}
+
 /// The ranges of a volume of which nothing can be had.
-fn gone(lost: &[Lost], volume: &Name) -> Vec<Range<u64>> {
+pub(crate) fn gone(lost: &[Lost], volume: &Name) -> Vec<Range<u64>> {
     let own = lost.iter().filter(|l| l.loss == Loss::Gone && l.volume == volume.as_str());
     let mut ranges: Vec<Range<u64>> = own.map(|l| l.start..l.end).collect();
     ranges.sort_by_key(|r| (r.start, r.end));
@@ -276,7 +284,11 @@ fn volume_outcome(r: &Restoring, stated: VolumeDigest, path: &Path, w: &Written,
         expected: stated.to_string(),
         bytes_written: w.written,
         beyond: r.target.beyond(),
-        lost_blocks: if r.target.is_fresh() { "zero" } else { "left as they were" },
+        lost_blocks: match (r.target.is_fresh(), r.target.was_resized()) {
+            (true, _) => "zero",
+            (false, true) => "left as they were, or zero: in the first MiB, and where the file had to grow",
+            (false, false) => "left as they were",
+        },
     }
 }
 

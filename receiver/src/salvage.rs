@@ -148,11 +148,30 @@ pub struct Hole {
 }
 
 impl Hole {
-    /// That no block is lost by it.
+    /// Whether it may hold blocks of this volume.
+    pub fn is_about(&self, volume: VolumeSlot) -> bool {
+        self.slot.is_none_or(|slot| slot == volume)
+    }
+
+    /// What is wrong.
+    pub fn error(&self) -> &ReadError {
+        &self.error
+    }
+
+    /// That no block is lost by it of the volumes that were looked at.
     pub fn harmless(&self) -> Lost {
-        let cause = format!("{}; all blocks are known without it, and none is lost", self.error);
+        let cause = format!("{}; no block that was looked at is lost by it", self.error);
         Lost::object(object_of(&self.error), cause)
     }
+}
+
+/// What becomes of a segment whose index is damaged and whose records are whole.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BadIndex {
+    /// It is made anew: enough for reading.
+    Rebuild,
+    /// It is a hole: nobody builds on it.
+    LeaveOut,
 }
 
 /// A point whose index may be damaged.
@@ -167,7 +186,7 @@ pub struct OpenedView {
 }
 
 /// Opens a point. What can't be read of its index is left out of the view.
-pub async fn open_view(log: &GroupLog, point: &PointBody) -> Result<OpenedView, ReadError> {
+pub async fn open_view(log: &GroupLog, point: &PointBody, bad_index: BadIndex) -> Result<OpenedView, ReadError> {
     let (store, keys) = (log.store(), log.keys());
     match View::open(store, keys, point).await {
         Err(e) if e.is_damage() => {}
@@ -199,6 +218,9 @@ pub async fn open_view(log: &GroupLog, point: &PointBody) -> Result<OpenedView, 
     for segment in &point.segments {
         match read_segment_index(&**store, keys, segment).await {
             Ok(index) => entries.extend(index),
+            Err(error) if error.is_damage() && bad_index == BadIndex::LeaveOut => {
+                holes.push(hole(log, point, segment.id, None, error).await?);
+            }
             Err(error) if error.is_damage() => match rebuild_index(&**store, keys, segment).await? {
                 Some(index) => {
                     entries.extend(index);
@@ -258,34 +280,36 @@ pub async fn behind_holes(
     name: &Name,
     holes: &[Hole],
 ) -> Result<Vec<Lost>, ReadError> {
-    let mut all = Vec::new();
-    for hole in holes.iter().filter(|h| h.slot.is_none_or(|slot| slot == volume.slot)) {
-        let mut lost = Vec::new();
-        for index in (0..volume.geometry.pages()).map(PageIndex) {
-            let page = match view.page(volume, index).await {
-                Ok(page) => page,
-                // Lost for a reason of its own, which is told when the page is restored.
-                Err(e) if e.is_damage() => continue,
-                Err(e) => return Err(e),
-            };
-            for (block, held) in page.blocks() {
-                let range = block_range(volume.geometry, block);
+    let about: Vec<&Hole> = holes.iter().filter(|h| h.is_about(volume.slot)).collect();
+    let mut lost = vec![Vec::new(); about.len()];
+    if about.is_empty() {
+        return Ok(Vec::new());
+    }
+    for index in (0..volume.geometry.pages()).map(PageIndex) {
+        let page = match view.page(volume, index).await {
+            Ok(page) => page,
+            // Lost for a reason of its own, which is told when the page is restored.
+            Err(e) if e.is_damage() => continue,
+            Err(e) => return Err(e),
+        };
+        for (block, held) in page.blocks() {
+            for (hole, lost) in about.iter().zip(&mut lost) {
                 let of = |what: &str| {
+                    let range = block_range(volume.geometry, block);
                     let cause = format!("{}; which blocks it held is not known, and of this one {what}", hole.error);
                     Lost::new(name, range, object_of(&hole.error), cause)
                 };
                 match held {
                     Some((capture, _)) if capture > hole.up_to => {}
-                    Some(_) => push_joined(&mut lost, of("nothing newer is").uncertain()),
+                    Some(_) => push_joined(lost, of("nothing newer is").uncertain()),
                     // What a base map does not name was zero when it was written.
-                    None if volume.base.is_some() => push_joined(&mut lost, of("nothing newer is").uncertain()),
-                    None => push_joined(&mut lost, of("nothing else is")),
+                    None if volume.base.is_some() => push_joined(lost, of("nothing newer is").uncertain()),
+                    None => push_joined(lost, of("nothing else is")),
                 }
             }
         }
-        all.append(&mut lost);
     }
-    Ok(all)
+    Ok(lost.concat())
 }
 
 /// The index of a segment from its records, which tell it all: `None` unless it is the very one that the point names.
@@ -300,7 +324,7 @@ async fn rebuild_index(
     let range = RECORDS_START as u64..u64::from(reference.index_offset);
     let bytes = match store.get_range(&keys.segment(reference.id), range).await {
         Ok(bytes) => bytes,
-        Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Corrupt) => return Ok(None),
+        Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Corrupt | Kind::Unreadable) => return Ok(None),
         Err(e) => return Err(e.into()),
     };
     let mut builder = SegmentBuilder::with_capacity(bytes.len());

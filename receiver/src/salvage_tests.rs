@@ -204,7 +204,7 @@ async fn what_is_newer_than_the_hole_is_certain() {
     store.tamper(&first, None);
     let log = group.catalog.expect_group(&group.name).await.expect("a group");
     let (_, point) = log.find(PointSpec::Latest).await.expect("a point");
-    let opened = open_view(&log, &point).await.expect("the store works");
+    let opened = open_view(&log, &point, BadIndex::Rebuild).await.expect("the store works");
     assert!(!opened.holes.is_empty());
     let volume = opened.view.volumes[0].clone();
     let name = point.volumes[0].name.clone();

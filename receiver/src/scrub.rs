@@ -8,7 +8,7 @@ use std::sync::Arc;
 use backhaul_cli::text;
 use backhaul_protocol::digest::{RangeDigest, VolumeDigester};
 use backhaul_protocol::geometry::PageIndex;
-use backhaul_protocol::ids::{LogSeq, Name};
+use backhaul_protocol::ids::{LogSeq, Name, VolumeSlot};
 use backhaul_protocol::store::entry::{Content, Page};
 use backhaul_protocol::store::log::{PointBody, PointVolume, Record};
 use backhaul_protocol::wire::message::PointSpec;
@@ -21,7 +21,7 @@ use crate::fetch::{FetchError, Fetched, Fetcher, Purpose};
 use crate::plan::reads::{MAX_READ, Wanted, plan_reads};
 use crate::plan::restore::{RESTORE_GAP, window_pages};
 use crate::read_error::ReadError;
-use crate::salvage::{Hole, Lost, OpenedView, behind_holes, join_neighbours, object_of, open_view};
+use crate::salvage::{BadIndex, Hole, Lost, OpenedView, behind_holes, join_neighbours, object_of, open_view};
 use crate::view::{View, ViewVolume};
 use crate::whole::check_objects;
 
@@ -185,7 +185,8 @@ async fn check_volumes(
     phase: &backhaul_cli::Phase,
     reports: &mut Vec<VolumeReport>,
 ) -> Result<Vec<Lost>, FetchError> {
-    let OpenedView { view, holes, mended: mut lost } = open_view(&scrub.log, point).await?;
+    let OpenedView { view, holes, mended: mut lost } = open_view(&scrub.log, point, BadIndex::Rebuild).await?;
+    let slots: Vec<VolumeSlot> = volumes.iter().map(|v| v.slot).collect();
     for stated in volumes {
         let Some(own) = view.volume(stated.slot) else { continue };
         let behind = behind_holes(&view, own, &stated.name, &holes).await?;
@@ -205,7 +206,8 @@ async fn check_volumes(
             lost.extend(behind);
         }
     }
-    let harmless = holes.iter().map(Hole::harmless).filter(|h| !lost.iter().any(|l| l.object == h.object));
+    let about = holes.iter().filter(|h| slots.iter().any(|s| h.is_about(*s)));
+    let harmless = about.map(Hole::harmless).filter(|h| !lost.iter().any(|l| l.object == h.object));
     lost.extend(harmless.collect::<Vec<_>>());
     if scrub.share.is_whole() {
         for error in check_objects(&scrub.log, point, &view).await? {

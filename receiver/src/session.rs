@@ -33,6 +33,8 @@ const GRACE: Duration = Duration::from_secs(5);
 const GRACE_AT_SHUTDOWN: Duration = Duration::from_secs(15);
 /// What is under way when its agent has gone has this long to finish: a commit, usually. Nobody waits for anything else.
 const GONE: Duration = Duration::from_secs(60);
+/// One message takes this long at most to be let out by an agent that reads.
+const SLOWEST_READER: Duration = Duration::from_secs(60);
 /// A look-up of a revocation that takes longer is begun anew; a store that hangs must not delay the next one.
 const LOOK_UP: Duration = Duration::from_secs(5);
 
@@ -57,8 +59,7 @@ pub async fn run(
         },
         Err(error) => return tracing::info!(%from, %error, "handshake failed"),
     };
-    drop(handshake);
-    let code = match serve(&shared, &connection, shutdown).await {
+    let code = match serve(&shared, &connection, handshake, shutdown).await {
         Ok(code) => code,
         Err(error) => {
             tracing::info!(%from, number, %error, "session ended");
@@ -79,6 +80,7 @@ pub async fn run(
 async fn serve(
     shared: &Arc<Shared>,
     connection: &quinn::Connection,
+    handshake: Ticket<IpAddr>,
     shutdown: watch::Receiver<bool>,
 ) -> Result<CloseCode, TransportError> {
     let identity = connection.peer_identity().and_then(|any| {
@@ -87,12 +89,19 @@ async fn serve(
     });
     let ticket = match identity {
         Some(_) => None,
-        None => Some(shared.strangers.enter(server::origin(connection.remote_address())).map_err(|_| {
-            TransportError::Stream("there are as many connections without a certificate as there may be".into())
-        })?),
+        None => match shared.strangers.enter(server::origin(connection.remote_address())) {
+            Ok(ticket) => Some(ticket),
+            Err(_) => {
+                tracing::info!("as many connections without a certificate as there may be: closed one");
+                return Ok(CloseCode::ShuttingDown);
+            }
+        },
     };
+    let handshake = ticket.is_none().then_some(handshake);
     let welcome = tokio::time::timeout(PATIENCE, control::welcome(connection));
     let (sender, mut receiver) = welcome.await.map_err(|_| TransportError::Timeout(PATIENCE))??;
+    // Until here who has a certificate is one of those who have not said what they want.
+    drop(handshake);
     let Some(certificate) = identity else {
         let served = serve_stranger(shared, sender, &mut receiver).await;
         drop(ticket);
@@ -141,10 +150,13 @@ async fn serve_agent(
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<CloseCode, TransportError> {
     let (out, mut outgoing) = mpsc::channel::<ReceiverMessage>(64);
+    let deaf = connection.clone();
     let writer = tokio::spawn(async move {
         let mut sender = sender;
         while let Some(message) = outgoing.recv().await {
-            if sender.send(&message).await.is_err() {
+            // An agent that takes nothing more holds what others could have.
+            if !matches!(tokio::time::timeout(SLOWEST_READER, sender.send(&message)).await, Ok(Ok(()))) {
+                deaf.close(quinn::VarInt::from_u32(CloseCode::Done as u32), b"nothing that was sent is read");
                 break;
             }
         }

@@ -55,7 +55,12 @@ impl MapReader {
             let cause = backhaul_protocol::store::envelope::FormatError::Checksum;
             return Err(ReadError::Damaged { key, cause });
         }
-        Ok(Self { store, keys, reference, head, cache: Mutex::default() })
+        Ok(Self::with_head(store, keys, reference, head))
+    }
+
+    /// Of a map whose head was read and checked.
+    pub fn with_head(store: Arc<dyn ObjectStore>, keys: GroupKeys, reference: MapRef, head: MapHead) -> Self {
+        Self { store, keys, reference, head, cache: Mutex::default() }
     }
 
     /// The head.

@@ -117,6 +117,7 @@ impl Service<'_> {
                     }
                     Some(e) if e.is_divergence() => (RunState::Diverged, MAX_BACKOFF),
                     Some(RoundError::Session(e)) if e.is_retryable() => (RunState::Disconnected, MAX_BACKOFF),
+                    Some(RoundError::Volume { .. }) => (RunState::Stalled, MAX_SHORT_BACKOFF),
                     Some(_) => (RunState::Stalled, MAX_BACKOFF),
                     // Found out on this machine, before anybody was asked.
                     None => (RunState::Stalled, MAX_SHORT_BACKOFF),

@@ -13,6 +13,8 @@ pub struct RestorePlan {
     pub point: u64,
     /// Each volume.
     pub volumes: Vec<VolumePlan>,
+    /// What could not be restored, as a restore lists it; none where damage is not tolerated.
+    pub lost: Vec<serde_json::Value>,
 }
 
 /// What would be done to one target. All in bytes.
@@ -41,7 +43,11 @@ pub struct VolumePlan {
 impl fmt::Display for RestorePlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "nothing was written; a restore of point {} would do:", self.point)?;
-        self.volumes.iter().try_for_each(|v| write!(f, "\n  {v}"))
+        self.volumes.iter().try_for_each(|v| write!(f, "\n  {v}"))?;
+        match self.lost.len() {
+            0 => Ok(()),
+            n => write!(f, "\n{n} ranges are lost; --json lists them, and `verify`"),
+        }
     }
 }
 

@@ -98,7 +98,9 @@ pub fn meaning(cause: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
 
 fn of_store(error: &StoreError) -> Meaning {
     let exit = match error.kind() {
-        Kind::NotFound | Kind::Corrupt => return (Exit::Differ, "E_DAMAGED", Some(ASK_VERIFY.into())),
+        Kind::NotFound | Kind::Corrupt | Kind::Unreadable => {
+            return (Exit::Differ, "E_DAMAGED", Some(ASK_VERIFY.into()));
+        }
         Kind::Exists => Exit::Busy,
         Kind::Permission => Exit::Authentication,
         Kind::NoSpace => return (Exit::NoSpace, "E_NOSPACE", None),

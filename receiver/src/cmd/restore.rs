@@ -113,7 +113,7 @@ pub async fn run(args: RestoreArgs, ctx: &Context, out: Output) -> anyhow::Resul
     if args.dry_run {
         let plan = dry_run(prepared, &mut progress).await.map_err(failure)?;
         out.result("backhaul.restore-plan/1", &plan, &plan.to_string());
-        return Ok(Exit::Done);
+        return Ok(if plan.lost.is_empty() { Exit::Done } else { Exit::Differ });
     }
     let wants_device = args.verify == Verify::Device;
     let outcome = prepared.run(&mut progress).await.map_err(failure)?;

@@ -15,7 +15,7 @@ use crate::draft::{Draft, end_of_captures};
 use crate::fold::Layers;
 use crate::object_ids::IdSource;
 use crate::read_error::ReadError;
-use crate::salvage::{OpenedView, open_view};
+use crate::salvage::{BadIndex, OpenedView, open_view};
 use crate::view::View;
 
 /// What a receiver remembers of a group between rounds. All of it can be read from the store again.
@@ -78,7 +78,11 @@ impl KnownHead {
         let mut is_mending = false;
         let layers = match &head.point {
             Some((_, point)) => {
-                let OpenedView { view, holes, .. } = open_view(log, point).await?;
+                let OpenedView { view, holes, .. } = open_view(log, point, BadIndex::LeaveOut).await?;
+                // A dying disk is no reason to do without a map for good.
+                if let Some(hole) = holes.iter().find(|h| h.error().is_unreadable()) {
+                    return Err(hole.error().clone());
+                }
                 let mut segments = point.segments.clone();
                 for hole in &holes {
                     let object = hole.harmless().object;

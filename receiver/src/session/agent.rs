@@ -127,7 +127,10 @@ impl Session {
                     Ok(())
                 }
                 Some(_) = self.streams.join_next() => Ok(()),
-                _ = absorb.tick() => self.absorb().await,
+                _ = absorb.tick() => {
+                    let _busy = self.busy.clone().begin();
+                    self.absorb().await
+                }
             };
             if let Err(refused) = done {
                 tracing::warn!(agent = %self.identity.agent, reason = ?refused.reason, text = %refused, "refused");

@@ -20,6 +20,8 @@ pub enum Kind {
     Unavailable,
     /// The bytes are not what they must be: a checksum, a length, an object shorter or longer than it can be.
     Corrupt,
+    /// The system finds it and can't read it: a bad sector, a checksum of the file system. Another medium may have it.
+    Unreadable,
     /// Somebody has to change a setting: no such bucket, wrong region, an illegal name.
     Config,
     /// Anything else. Another try does not help.

@@ -48,6 +48,7 @@ impl CheckedTarget {
     pub fn open(self) -> Result<Target, TargetError> {
         let beyond = self.beyond();
         let Self { path, length, place } = self;
+        let resized = matches!(&place, Place::File { length: old, .. } if *old != 0 && *old != length);
         let (medium, fresh) = match place {
             Place::New { folder, name } => {
                 // What appeared since the check is not ours, and a symbolic link is not followed.
@@ -82,7 +83,7 @@ impl CheckedTarget {
             }
         }
         let head = Head { bytes, pending: false, touched: false, lost: false };
-        Ok(Target { path, length, medium, fresh, beyond, head: head.into() })
+        Ok(Target { path, length, medium, fresh, resized, beyond, head: head.into() })
     }
 }
 

@@ -70,6 +70,7 @@ pub struct Target {
     length: u64,
     medium: Medium,
     fresh: bool,
+    resized: bool,
     beyond: u64,
     head: Mutex<Head>,
 }
@@ -102,6 +103,11 @@ impl Target {
     /// Bytes of a device behind the volume's end: they stay as they are.
     pub fn beyond(&self) -> u64 {
         self.beyond
+    }
+
+    /// Whether it is a file that had content and another length: of its first MiB nothing is left.
+    pub fn was_resized(&self) -> bool {
+        self.resized
     }
 
     /// Writes one block. The geometry must have the target's length.

@@ -194,6 +194,9 @@ fn failure(verb: Verb, object: impl fmt::Display, doing: &str, errno: Errno) -> 
         Errno::AGAIN | Errno::INTR | Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::STALE | Errno::TIMEDOUT => {
             (Kind::Unavailable, "the system is short of something")
         }
+        Errno::IO | Errno::UCLEAN | Errno::BADMSG if matches!(verb, Verb::Get | Verb::GetRange) => {
+            (Kind::Unreadable, "the disk or the file system can't read it; see the kernel's log")
+        }
         _ => (Kind::Other, "the file system failed; see the kernel's log"),
     };
     StoreError::new(kind, verb, object, format!("{advice} (tried to {doing})")).because(std::io::Error::from(errno))
