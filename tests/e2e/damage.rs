@@ -236,3 +236,45 @@ fn what_the_newest_point_lost_is_sent_again() {
     }
     assert!(mended >= 2, "{mended} objects were needed");
 }
+
+/// One object that lets an agent in is damaged: the others are listed, and everybody names it.
+#[test]
+fn a_damaged_member_hides_no_other() {
+    let f = Fixture::new();
+    let serving = f.serve();
+    let (one, _two) = (f.joined("one", &serving), f.joined("two", &serving));
+    let id = one.id();
+    let path = f.objects_with("/agents/").into_iter().find(|p| p.to_string_lossy().contains(&id)).expect("it joined");
+    let mut bytes = std::fs::read(&path).expect("it is there");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    overwrite(&path, &bytes);
+    let agents = f.receiver(&["agents"]);
+    assert_eq!(agents.code, Some(6), "{agents:#?}");
+    let said = agents.json();
+    assert_eq!(said["agents"].as_array().map(Vec::len), Some(1), "{said}");
+    assert!(said["damaged"].to_string().contains(&id), "{said}");
+    let verified = f.receiver(&["verify"]);
+    assert!(verified.code == Some(6) && verified.out.contains(&id), "{verified:#?}");
+}
+
+/// Agents that fail leave no session behind that keeps the next one out.
+#[test]
+fn an_agent_that_fails_again_and_again_locks_nobody_out() {
+    let f = Fixture::new();
+    let serving = f.serve();
+    let agent = f.joined("agent", &serving);
+    image::random(&f.path("disk.img"), MIB, &mut Random::new(1));
+    agent.protect("data", &f.path("disk.img"));
+    agent.sync();
+    let writer = agent.state.join("writer.json");
+    let whole = std::fs::read(&writer).expect("it synced");
+    std::fs::write(&writer, b"{").expect("it is ours");
+    for _ in 0..12 {
+        agent.run(&["sync"]).fails(78, "E_STATE_DIR");
+    }
+    std::fs::write(&writer, whole).expect("it is ours");
+    let ran = agent.run(&["sync"]);
+    ran.ok();
+    assert!(!ran.err.contains("as many sessions"), "{ran:#?}");
+}
