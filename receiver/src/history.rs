@@ -75,16 +75,32 @@ impl History {
         let what = format!("so it is not known which point is {which}");
         Err(ReadError::Point { cause: Box::new(cause.clone()), what, older: self.older(*seq) })
     }
+
+    /// Why there is no such point, and which there are.
+    fn absent(&self, spec: PointSpec) -> ReadError {
+        let (Some(first), Some(last)) = (self.points.first(), self.points.last()) else {
+            return ReadError::NotFound("no points yet".into());
+        };
+        let by_number = "name one by its number to take it all the same: `backhaul-receiver points` lists them";
+        let text = match spec {
+            PointSpec::Number(seq) => {
+                format!(
+                    "no point {seq}: they go from {} to {}, with gaps; `backhaul-receiver points` lists them",
+                    first.seq, last.seq
+                )
+            }
+            PointSpec::Time(time) if time < first.time => {
+                let (time, first) = (text::time(time), (first.seq, text::time(first.time)));
+                format!("no point of {time} or before: the first is {} of {}", first.0, first.1)
+            }
+            PointSpec::Time(time) => format!("every point up to {} is fuzzy; {by_number}", text::time(time)),
+            PointSpec::Latest => format!("every point is fuzzy, the newest is {}; {by_number}", last.seq),
+        };
+        ReadError::NotFound(text)
+    }
 }
 
 impl GroupLog {
-    /// All points, ascending; an error where a record can't be read or does not continue the one before.
-    pub async fn points(&self) -> Result<Vec<PointSummary>, ReadError> {
-        let history = self.history().await?;
-        let first = history.unreadable.into_iter().map(|(_, e)| e).chain(history.broken).next();
-        first.map_or(Ok(history.points), Err)
-    }
-
     /// Reads the newest checkpoint and the records after it, and checks their chain. Errors are about reaching the
     /// store; damage is in the result.
     pub async fn history(&self) -> Result<History, ReadError> {
@@ -125,7 +141,7 @@ impl GroupLog {
     /// The same, and whether the records of the points that a checkpoint lists are still there: a list of all keys.
     pub async fn whole_history(&self) -> Result<History, ReadError> {
         let mut history = self.history().await?;
-        let (listed, floor) = (self.listed().await?, self.floor().await.unwrap_or_default());
+        let (listed, floor) = (self.listed().await?, self.readable_floor().await?);
         let extent = Extent { hint: history.checkpoint, listed };
         let known: BTreeSet<LogSeq> = history.unreadable.iter().map(|(seq, _)| *seq).collect();
         let missing: BTreeSet<LogSeq> = extent.gaps(floor.0).into_iter().collect();
@@ -162,6 +178,14 @@ impl GroupLog {
                 Ok(Extent { listed, hint })
             }
             Err(e) => Err(e),
+        }
+    }
+
+    /// The floor, or 0 where it is damaged: too much is looked for then, and nothing is passed over.
+    async fn readable_floor(&self) -> Result<LogSeq, ReadError> {
+        match self.floor().await {
+            Err(e) if e.is_damage() => Ok(LogSeq(0)),
+            other => other,
         }
     }
 
@@ -213,7 +237,7 @@ impl GroupLog {
                 Err(e) => return Err(e),
             }
         }
-        Ok((None, self.floor().await.unwrap_or_default().0))
+        Ok((None, self.readable_floor().await?.0))
     }
 
     /// The point that is meant, and its record.
@@ -223,57 +247,25 @@ impl GroupLog {
             PointSpec::Latest => self.latest().await?,
             PointSpec::Time(time) => self.history().await?.latest(Some(time))?,
         };
-        let Some(seq) = seq else { return Err(self.absent(spec).await?) };
-        match self.read(seq).await {
+        let Some(seq) = seq else { return Err(self.whole_history().await?.absent(spec)) };
+        let cause = match self.read(seq).await {
             Ok(Some((record, _))) => match record.point().cloned() {
-                Some(point) => Ok((record, point)),
-                None => Err(self.absent(spec).await?),
+                Some(point) => return Ok((record, point)),
+                None => None,
             },
-            Ok(None) => {
-                self.missing(seq).await?;
-                Err(self.absent(spec).await?)
-            }
-            Err(e) if e.is_damage() => Err(self.unreadable(seq, e).await?),
-            Err(e) => Err(e),
-        }
-    }
-
-    /// Why there is no such point, and which there are.
-    async fn absent(&self, spec: PointSpec) -> Result<ReadError, ReadError> {
-        let points = self.whole_history().await?.points;
-        let (Some(first), Some(last)) = (points.first(), points.last()) else {
-            return Ok(ReadError::NotFound("no points yet".into()));
+            Ok(None) => None,
+            Err(e) if e.is_damage() => Some(e),
+            Err(e) => return Err(e),
         };
-        let by_number = "name one by its number to take it all the same: `backhaul-receiver points` lists them";
-        let text = match spec {
-            PointSpec::Number(seq) => {
-                format!(
-                    "no point {seq}: they go from {} to {}, with gaps; `backhaul-receiver points` lists them",
-                    first.seq, last.seq
-                )
-            }
-            PointSpec::Time(time) if time < first.time => {
-                let (time, first) = (text::time(time), (first.seq, text::time(first.time)));
-                format!("no point of {time} or before: the first is {} of {}", first.0, first.1)
-            }
-            PointSpec::Time(time) => format!("every point up to {} is fuzzy; {by_number}", text::time(time)),
-            PointSpec::Latest => format!("every point is fuzzy, the newest is {}; {by_number}", last.seq),
-        };
-        Ok(ReadError::NotFound(text))
-    }
-
-    /// Whether a number that is not there should be: an error if so.
-    async fn missing(&self, seq: LogSeq) -> Result<(), ReadError> {
         let history = self.whole_history().await?;
-        match history.unreadable.iter().find(|(n, _)| *n == seq) {
-            Some((_, e)) => Err(self.unreadable(seq, e.clone()).await?),
-            None => Ok(()),
-        }
-    }
-
-    async fn unreadable(&self, seq: LogSeq, cause: ReadError) -> Result<ReadError, ReadError> {
-        let older = self.whole_history().await?.older(seq);
-        Ok(ReadError::Point { cause: Box::new(cause), what: format!("so point {seq} can't be had"), older })
+        let listed = history.unreadable.iter().find(|(n, _)| *n == seq).map(|(_, e)| e.clone());
+        Err(match cause.or(listed) {
+            Some(cause) => {
+                let what = format!("so point {seq} can't be had");
+                ReadError::Point { cause: Box::new(cause), what, older: history.older(seq) }
+            }
+            None => history.absent(spec),
+        })
     }
 
     /// The newest point that is not fuzzy: usually the newest record, so the log is read backwards, and the list of

@@ -29,7 +29,7 @@ use crate::read_error::ReadError;
 use crate::rehydrate::{Restoring, Verified, Written};
 use crate::restore_error::RestoreError;
 use crate::salvage::{
-    BadIndex, Hole, Loss, Lost, OnDamage, OpenedView, behind_holes, join_neighbours, object_of, open_view,
+    BadIndex, Loss, Lost, OnDamage, OpenedView, behind_holes, harmless, join_neighbours, object_of, open_view,
 };
 use crate::survey::{Survey, survey};
 use crate::view::{View, ViewVolume};
@@ -70,7 +70,7 @@ pub struct Prepared {
     /// What it claims.
     pub consistency: Consistency,
     damaged: Vec<Lost>,
-    harmless: Vec<Lost>,
+    unharmed: Vec<Lost>,
 }
 
 /// One volume of a restore.
@@ -187,13 +187,15 @@ impl Prepared {
         }
         phase.finish();
         damaged.extend(surveyed.iter().flat_map(|(.., survey)| survey.lost.iter().cloned()));
-        let about = holes.iter().filter(|h| surveyed.iter().any(|(stated, ..)| h.is_about(stated.slot)));
-        let harmless = about.map(Hole::harmless).filter(|h| !damaged.iter().any(|l| l.object == h.object));
-        let harmless = harmless.chain(mended).chain(unreachable.iter().map(passed_over)).collect();
+        let slots: Vec<_> = surveyed.iter().map(|(stated, ..)| stated.slot).collect();
+        let mut unharmed = harmless(&holes, &slots, &damaged);
+        unharmed.extend(mended);
+        // What a map reaches is for those who delete: a restore does without it.
+        unharmed.extend(unreachable.iter().map(|e| Lost::nothing(object_of(e), e)));
         let jobs = check_targets(&request, surveyed)?;
         let (seq, time, consistency) = (record.seq, record.time, point.consistency);
         let view = Arc::new(view);
-        Ok(Self { request, log, counting, view, jobs, started, point: seq, time, consistency, damaged, harmless })
+        Ok(Self { request, log, counting, view, jobs, started, point: seq, time, consistency, damaged, unharmed })
     }
 
     pub(crate) fn into_jobs(self) -> (Arc<View>, Vec<Job>, Vec<Lost>) {
@@ -251,13 +253,8 @@ impl Prepared {
         let volumes = volumes.map(|(((r, _, path, stated), w), v)| volume_outcome(r, *stated, path, w, v)).collect();
         let head = (&self.request.group, self.point, self.time, self.consistency);
         let outcome = outcome(head, durability, self.counting.bytes_read(), written, &verified, volumes, self.started);
-        Ok(Outcome { damaged: self.harmless, ..outcome })
+        Ok(Outcome { damaged: self.unharmed, ..outcome })
     }
-}
-
-/// A list of what a map reaches is for those who delete: a restore does without it.
-fn passed_over(error: &ReadError) -> Lost {
-    Lost::object(object_of(error), format!("{error}; no block that was looked at is lost by it"))
 }
 
 /// The ranges of a volume of which nothing can be had.

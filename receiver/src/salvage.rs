@@ -74,6 +74,11 @@ impl Lost {
         Self { volume: String::new(), start: 0, end: 0, loss: Loss::Gone, object, cause }
     }
 
+    /// An object that is damaged, without loss to what was looked at.
+    pub fn nothing(object: String, error: &ReadError) -> Self {
+        Self::object(object, format!("{error}; no block that was looked at is lost by it"))
+    }
+
     /// A whole page, whose part of a map can't be read.
     pub fn page(volume: &Name, geometry: Geometry, page: PageIndex, error: &ReadError) -> Self {
         Self::new(volume, page_range(geometry, page), object_of(error), error.to_string())
@@ -157,12 +162,13 @@ impl Hole {
     pub fn error(&self) -> &ReadError {
         &self.error
     }
+}
 
-    /// That no block is lost by it of the volumes that were looked at.
-    pub fn harmless(&self) -> Lost {
-        let cause = format!("{}; no block that was looked at is lost by it", self.error);
-        Lost::object(object_of(&self.error), cause)
-    }
+/// Holes that may be about these volumes, and by which nothing is lost all the same.
+pub fn harmless(holes: &[Hole], volumes: &[VolumeSlot], lost: &[Lost]) -> Vec<Lost> {
+    let about = holes.iter().filter(|h| volumes.iter().any(|v| h.is_about(*v)));
+    let all = about.map(|h| Lost::nothing(object_of(&h.error), &h.error));
+    all.filter(|h| !lost.iter().any(|l| l.object == h.object)).collect()
 }
 
 /// What becomes of a segment whose index is damaged and whose records are whole.

@@ -21,7 +21,7 @@ use crate::fetch::{FetchError, Fetched, Fetcher, Purpose};
 use crate::plan::reads::{MAX_READ, Wanted, plan_reads};
 use crate::plan::restore::{RESTORE_GAP, window_pages};
 use crate::read_error::ReadError;
-use crate::salvage::{BadIndex, Hole, Lost, OpenedView, behind_holes, join_neighbours, object_of, open_view};
+use crate::salvage::{BadIndex, Lost, OpenedView, behind_holes, harmless, join_neighbours, object_of, open_view};
 use crate::view::{View, ViewVolume};
 use crate::whole::check_objects;
 
@@ -206,15 +206,13 @@ async fn check_volumes(
             lost.extend(behind);
         }
     }
-    let about = holes.iter().filter(|h| slots.iter().any(|s| h.is_about(*s)));
-    let harmless = about.map(Hole::harmless).filter(|h| !lost.iter().any(|l| l.object == h.object));
-    lost.extend(harmless.collect::<Vec<_>>());
+    let unharmed = harmless(&holes, &slots, &lost);
+    lost.extend(unharmed);
     if scrub.share.is_whole() {
         for error in check_objects(&scrub.log, point, &view).await? {
             let object = scrub.log.object_of(&error);
             if !lost.iter().any(|l| l.object == object) {
-                let cause = format!("{error}; no block that was looked at is lost by it");
-                lost.push(Lost::object(object, cause));
+                lost.push(Lost::nothing(object, &error));
             }
         }
     }

@@ -182,6 +182,8 @@ impl Inside {
     pub async fn points(&self, store: Arc<dyn ObjectStore>) -> Vec<u64> {
         let catalog = Catalog::open(store).await.expect("it is a store");
         let log = catalog.expect_group(&name(GROUP)).await.expect("the group is there");
-        log.points().await.expect("the log can be read").iter().map(|p| p.seq.0).collect()
+        let history = log.whole_history().await.expect("the log can be read");
+        assert!(history.unreadable.is_empty() && history.broken.is_empty(), "{history:?}");
+        history.points.iter().map(|p| p.seq.0).collect()
     }
 }

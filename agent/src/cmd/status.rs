@@ -15,7 +15,7 @@ use crate::status::{Report, ask};
 /// Options of `status`.
 #[derive(Args, Clone, Debug)]
 pub struct StatusArgs {
-    /// Exit 7 if the lag is over --max-lag, or there is no point
+    /// Exit 7 if the lag is over --max-lag, there is no point, or it is dated in the future
     #[arg(long)]
     pub check: bool,
     /// The longest lag that is right

@@ -61,7 +61,7 @@ pub async fn list(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
     if lines.is_empty() {
         lines.push("no agent has joined".into());
     }
-    lines.extend(damaged.iter().map(|d| format!("DAMAGED, and its agent is not let in: {d}")));
+    lines.extend(damaged.iter().map(|d| format!("DAMAGED: {d}")));
     let exit = if damaged.is_empty() { Exit::Done } else { Exit::Differ };
     out.result("backhaul.agents/1", &Rows { agents, damaged }, &lines.join("\n"));
     Ok(exit)

@@ -85,8 +85,8 @@ impl KnownHead {
                 }
                 let mut segments = point.segments.clone();
                 for hole in &holes {
-                    let object = hole.harmless().object;
-                    tracing::warn!(group = %log.group(), %object, "damaged or gone: what it held is asked for again");
+                    let error = hole.error();
+                    tracing::warn!(group = %log.group(), %error, "left out, and what it held is asked for again");
                     segments.retain(|s| s.id != hole.id);
                 }
                 is_mending = !holes.is_empty();

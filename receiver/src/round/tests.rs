@@ -136,7 +136,7 @@ async fn a_clock_that_goes_backwards_makes_no_point_older_than_the_one_before() 
         last = record.time;
     }
     assert!(last >= UnixMillis(1_700_000_000_001));
-    let points = group.state.log().points().await.expect("readable");
+    let points = group.state.log().history().await.expect("readable").points;
     assert!(points.is_sorted_by_key(|p| p.time));
 }
 
