@@ -56,8 +56,8 @@ impl RoundError {
             Self::Session(e) => e.is_retryable(),
             Self::Volume { source, .. } | Self::Scan(ScanError::Volume(source)) => source.is_retryable(),
             Self::Scan(ScanError::Stopped) => true,
-            Self::Scan(_) | Self::Threads(_) => false,
-            Self::Index(e) => e.is_retryable(),
+            Self::Index(e) | Self::Scan(ScanError::Index(e)) => e.is_retryable(),
+            Self::Scan(ScanError::Compressor(_)) | Self::Threads(_) => false,
             Self::State(e) => e.is_retryable(),
         }
     }

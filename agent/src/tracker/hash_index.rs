@@ -36,12 +36,22 @@ pub enum IndexError {
     /// The file can't be mapped.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// Somebody else wrote to it since it was opened: a round that was given up and was still at its last page.
+    #[error("index {}: it changed while it was in use", path.display())]
+    Changed {
+        /// Which file.
+        path: PathBuf,
+    },
 }
 
 impl IndexError {
     /// Whether trying again may help: when there is room again.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull)
+        match self {
+            Self::Io { source, .. } => source.kind() == std::io::ErrorKind::StorageFull,
+            Self::Map(_) => false,
+            Self::Changed { .. } => true,
+        }
     }
 }
 
@@ -142,13 +152,19 @@ impl HashIndex {
         VolumeDigester::of(self.geometry, &self.ranges())
     }
 
-    /// The digests of a page's blocks.
-    pub fn page(&self, page: PageIndex) -> Vec<BlockDigest> {
+    /// The digests of a page's blocks. They add up to [`Self::range`], which is what the receiver was asked about: the
+    /// file may have been written to meanwhile, and its map shows that at once.
+    pub fn page(&self, page: PageIndex) -> Result<Vec<BlockDigest>, IndexError> {
+        let range = self.range(page);
         // Holes are not touched: reading them would fill memory with zeroes, 2 GiB for each 4 TiB of sparse volume.
-        if self.range(page) == RangeDigest::ZERO {
-            return vec![BlockDigest::ZERO; self.geometry.page_blocks(page)];
+        if range == RangeDigest::ZERO {
+            return Ok(vec![BlockDigest::ZERO; self.geometry.page_blocks(page)]);
         }
-        self.mapped_page(page)
+        let digests = self.mapped_page(page);
+        if RangeDigest::of(&digests) != range {
+            return Err(IndexError::Changed { path: self.path.clone() });
+        }
+        Ok(digests)
     }
 
     fn mapped_page(&self, page: PageIndex) -> Vec<BlockDigest> {
@@ -178,6 +194,26 @@ impl HashIndex {
 mod tests {
     use super::*;
 
+    /// A thread of a round that was given up may still be at its last page when the next round has compared its index
+    /// with the receiver's: what it stores then was never compared, and a block that it calls equal may not be.
+    #[test]
+    fn what_somebody_else_stores_meanwhile_is_never_believed() {
+        let folder = tempfile::tempdir().expect("temp folder");
+        let geometry = Geometry::new(65536, 10 * 65536).expect("legal");
+        let open = || HashIndex::open(folder.path(), VolumeId([1; 16]), geometry).expect("opens");
+        let pages = [1, 2].map(|n| vec![BlockDigest([n; 32]); 10]);
+        let store = |index: &HashIndex, digests: &[BlockDigest]| {
+            index.store(PageIndex(0), RangeDigest::of(digests), digests).expect("stores");
+        };
+        store(&open(), &pages[0]);
+        let (given_up, next) = (open(), open());
+        assert_eq!(next.page(PageIndex(0)).expect("whole"), pages[0]);
+        store(&given_up, &pages[1]);
+        let error = next.page(PageIndex(0)).expect_err("nobody compared these");
+        assert!(matches!(error, IndexError::Changed { .. }) && error.is_retryable(), "{error}");
+        assert_eq!(open().page(PageIndex(0)).expect("whole"), pages[1]);
+    }
+
     #[test]
     fn an_index_survives_growth_and_loses_itself_with_another_block_size() {
         let folder = tempfile::tempdir().expect("temp folder");
@@ -190,7 +226,7 @@ mod tests {
         drop(index);
         let large = Geometry::new(65536, 5000 * 65536).expect("legal");
         let index = HashIndex::open(folder.path(), id, large).expect("opens");
-        assert_eq!(index.page(PageIndex(1))[..476], digests);
+        assert_eq!(index.page(PageIndex(1)).expect("whole")[..476], digests);
         assert_eq!(index.ranges()[1], RangeDigest::of(&digests));
         drop(index);
         let other = Geometry::new(32768, 5000 * 65536).expect("legal");
