@@ -7,17 +7,20 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use backhaul_protocol::session::source::{Source, SourceError, SourceOutput};
 use backhaul_protocol::store::log::UnixMillis;
-use backhaul_protocol::wire::message::{AgentMessage, CloseCode, ReceiverMessage};
+use backhaul_protocol::wire::message::{AgentMessage, ReceiverMessage};
+use backhaul_seams::clock;
 use backhaul_transport::authority::AGENT_LIFE;
 use backhaul_transport::control::{self, ControlReceiver, ControlSender};
 use backhaul_transport::endpoint::{Endpoint, Windows};
 use backhaul_transport::error::TransportError;
+use backhaul_transport::link::{Link, QuicLink};
 use backhaul_transport::tls::{ReceiverTrust, TlsError, agent_identity, client_config};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::state::{Joined, StateDir, StateError};
 
@@ -69,16 +72,13 @@ pub async fn resolve(address: &str) -> Result<SocketAddr, TransportError> {
 
 /// The clock, as messages have it.
 pub fn unix_millis() -> UnixMillis {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    UnixMillis(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+    UnixMillis(clock::unix_millis())
 }
 
 /// An authenticated connection, its control stream greeted.
 pub struct Connected {
-    /// Keeps the connection's thread.
-    pub endpoint: Endpoint,
     /// Block streams go here.
-    pub connection: quinn::Connection,
+    pub link: Arc<dyn Link>,
     /// Messages go out here.
     pub sender: ControlSender<AgentMessage>,
     /// Messages come in here.
@@ -93,7 +93,7 @@ pub async fn connect(state: &StateDir, joined: &Joined, address: Option<&str>) -
         match renew(state, &mut connected).await {
             // The session must be that of the new certificate: it may last longer than the old one.
             Ok(()) => {
-                connected.endpoint.close(CloseCode::Done, "").await;
+                connected.link.goodbye().await;
                 connected = connect_once(state, address.unwrap_or(&joined.receiver)).await?;
             }
             Err(error) if left <= 0 => return Err(error),
@@ -123,16 +123,15 @@ async fn connect_once(state: &StateDir, address: &str) -> Result<Connected, Sess
     let address = resolve(address).await?;
     let endpoint = Endpoint::client(address)?;
     let connection = first_answer(|| endpoint.connect(address, tls.clone(), Windows::BLOCKS)).await?;
-    let (sender, receiver) = greet(&connection).await?;
-    Ok(Connected { endpoint, connection, sender, receiver })
+    Ok(greet(QuicLink::connected(endpoint, connection)).await?)
 }
 
 /// Connects, and begins anew every few seconds while nothing answers. QUIC doubles the time between its tries: a
 /// receiver that is back would wait for the next one for as long as it was away. On a slow path the first attempt is
 /// the one that is answered.
-async fn first_answer<F>(begin: impl Fn() -> F) -> Result<quinn::Connection, TransportError>
+async fn first_answer<T, F>(begin: impl Fn() -> F) -> Result<T, TransportError>
 where
-    F: Future<Output = Result<quinn::Connection, TransportError>>,
+    F: Future<Output = Result<T, TransportError>>,
 {
     let mut attempts = Vec::new();
     loop {
@@ -149,12 +148,10 @@ where
 }
 
 /// Greets; where the connection was closed meanwhile, the reason of that is the error.
-pub async fn greet(
-    connection: &quinn::Connection,
-) -> Result<(ControlSender<AgentMessage>, ControlReceiver<ReceiverMessage>), TransportError> {
-    match control::greet(connection).await {
-        Ok(streams) => Ok(streams),
-        Err(error) => Err(connection.close_reason().map_or(error, TransportError::from)),
+pub async fn greet(link: Arc<dyn Link>) -> Result<Connected, TransportError> {
+    match control::greet(&*link).await {
+        Ok((sender, receiver)) => Ok(Connected { link, sender, receiver }),
+        Err(error) => Err(link.close_reason().unwrap_or(error)),
     }
 }
 
@@ -173,9 +170,8 @@ async fn renew(state: &StateDir, connected: &mut Connected) -> Result<(), Sessio
 
 /// The writing session: the state machine, its messages, its clock.
 pub struct Session {
-    endpoint: Endpoint,
     /// Block streams go here.
-    pub connection: quinn::Connection,
+    pub link: Arc<dyn Link>,
     sender: ControlSender<AgentMessage>,
     inbox: mpsc::Receiver<Result<Option<ReceiverMessage>, TransportError>>,
     machine: Source,
@@ -187,7 +183,7 @@ pub struct Session {
 impl Session {
     /// From a connection.
     pub fn new(connected: Connected) -> Self {
-        let Connected { endpoint, connection, sender, mut receiver } = connected;
+        let Connected { link, sender, mut receiver } = connected;
         let (forward, inbox) = mpsc::channel(64);
         let message_bytes = [sender.bytes(), receiver.bytes()];
         // A task of its own: receiving must not be cut off in the middle of a message.
@@ -205,8 +201,7 @@ impl Session {
             }
         });
         Self {
-            endpoint,
-            connection,
+            link,
             sender,
             inbox,
             machine: Source::new(PATIENCE),
@@ -254,7 +249,7 @@ impl Session {
             let deadline = self.machine.poll_timeout().map(|d| self.started + d);
             let timeout = async {
                 match deadline {
-                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    Some(at) => tokio::time::sleep_until(at).await,
                     None => std::future::pending().await,
                 }
             };
@@ -272,15 +267,12 @@ impl Session {
 
     /// Why the connection is gone.
     pub fn lost(&self) -> TransportError {
-        match self.connection.close_reason() {
-            Some(reason) => reason.into(),
-            None => TransportError::Stream("the receiver ended the session".into()),
-        }
+        self.link.close_reason().unwrap_or_else(|| TransportError::Stream("the receiver ended the session".into()))
     }
 
     /// Says goodbye.
     pub async fn close(mut self) {
         self.sender.finish();
-        self.endpoint.close(CloseCode::Done, "").await;
+        self.link.goodbye().await;
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Read first: [`replicate`] (a round from `Open` to `Committed`), [`pipeline`] and [`state`].
 
+pub mod capture;
 pub mod cmd;
 pub mod config;
 pub mod connection;

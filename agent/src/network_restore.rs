@@ -11,7 +11,6 @@ mod types;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use backhaul_cli::{Phase, Progress, RestorePlan, VolumePlan, text};
 use backhaul_protocol::consistency::Consistency;
@@ -19,10 +18,14 @@ use backhaul_protocol::digest::{RangeDigest, VolumeDigest, VolumeDigester};
 use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::ids::Name;
 use backhaul_protocol::wire::message::{AgentMessage, ReadOpened, ReadVolume, ReceiverMessage};
+use backhaul_seams::threads;
 use backhaul_transport::control::{ControlReceiver, ControlSender};
+use backhaul_transport::link::Link;
 use backhaul_volume::aim;
 use backhaul_volume::rebuild::verify_all;
 use backhaul_volume::target::{CheckedTarget, Durability, Target, TargetError, TargetNeeds};
+
+use tokio::time::Instant;
 
 use asking::Asking;
 use comparing::{Aim, Comparing, Sums};
@@ -34,7 +37,7 @@ pub type Control = (ControlSender<AgentMessage>, ControlReceiver<ReceiverMessage
 
 /// Restores over an open connection. `warn` hears of a fuzzy point before anything is written. Four phases of progress.
 pub async fn restore(
-    connection: &quinn::Connection,
+    link: &dyn Link,
     control: Control,
     request: &RestoreRequest,
     progress: &mut Progress,
@@ -43,7 +46,7 @@ pub async fn restore(
     let started = Instant::now();
     let incoming = Arc::new(Incoming::default());
     let mut asking = Asking::new(control);
-    let streams = take_streams(connection, incoming.clone());
+    let streams = take_streams(link, incoming.clone());
     let written = tokio::select! {
         biased;
         written = write(&mut asking, &incoming, request, progress, warn) => written?,
@@ -264,7 +267,7 @@ async fn read_back(
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, TargetError> + Send + 'static,
 ) -> Result<T, TargetError> {
-    tokio::task::spawn_blocking(work).await.expect("work on the target does not panic")
+    threads::blocking(work).await
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

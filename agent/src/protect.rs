@@ -7,6 +7,7 @@ use std::path::Path;
 use backhaul_protocol::geometry::{Geometry, GeometryError};
 use backhaul_protocol::ids::{Incarnation, Name, VolumeId};
 use backhaul_protocol::limits::MAX_VOLUMES;
+use backhaul_seams::random;
 use backhaul_volume::{IdentityMatch, Source, Volume, VolumeError};
 
 use crate::state::{ProtectedVolume, StateDir, StateError};
@@ -117,7 +118,7 @@ pub fn protect(
             }
             None => {
                 volumes.push(ProtectedVolume {
-                    id: VolumeId(uuid::Uuid::now_v7().into_bytes()),
+                    id: VolumeId(random::id()),
                     name: name.clone(),
                     path: path.clone(),
                     identity: source.identity().clone(),

@@ -11,7 +11,7 @@ mod summing;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use backhaul_cli::Phase;
 use backhaul_protocol::consistency::Consistency;
@@ -23,10 +23,14 @@ use backhaul_protocol::store::log::{MachineId, UnixMillis};
 use backhaul_protocol::wire::message::{
     AgentMessage, Commit, CommitVolume, Committed, Open, OpenVolume, Opened, VolumesChanged,
 };
-use backhaul_volume::Source;
-use backhaul_volume::stability::{Stability, Watch};
+use backhaul_seams::mutant::{Mutant, planted};
+use backhaul_seams::situation::{Situation, reached};
+use backhaul_seams::{random, threads};
+use backhaul_volume::stability::Stability;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
+use crate::capture::{Capture, Provider, Watching};
 use crate::connection::{Session, SessionError, unix_millis};
 use crate::pipeline::scanner::{Job, ScanError, ScanShared, ScanVolume, Scanner};
 use crate::pipeline::sender::Sender;
@@ -60,6 +64,8 @@ pub struct Round<'a> {
     pub machine: MachineId,
     /// What is protected.
     pub volumes: &'a [ProtectedVolume],
+    /// Where it is read from.
+    pub provider: &'a dyn Provider,
     /// Threads that scan.
     pub threads: usize,
     /// zstd level.
@@ -106,13 +112,9 @@ pub struct RoundReport {
 
 /// A volume that was opened for a round.
 struct Opening {
-    volume: ScanVolumeParts,
-    watch: Watch,
-}
-
-struct ScanVolumeParts {
-    source: Arc<Source>,
+    source: Arc<dyn Capture>,
     index: HashIndex,
+    watch: Box<dyn Watching>,
 }
 
 impl Round<'_> {
@@ -125,12 +127,14 @@ impl Round<'_> {
         let mut writer = self.state.writer()?;
         let opened = self.open_session(session, &writer).await?;
         learn_outcome(&mut writer, &opened);
-        let (sources, watches): (Vec<_>, Vec<_>) =
-            openings.into_iter().map(|o| ((o.volume.source.clone(), o.volume), o.watch)).unzip();
-        let (sources, parts): (Vec<_>, Vec<_>) = sources.into_iter().unzip();
+        let (mut watched, mut parts) = (Vec::new(), Vec::new());
+        for Opening { source, index, watch } in openings {
+            watched.push((source.clone(), watch));
+            parts.push((source, index));
+        }
         let planned = self.plan(session, parts, &opened).await?;
         let scan = self.scan(session, &planned, opened.next_capture).await?;
-        let (consistency, caveats) = self.label(&sources, watches)?;
+        let (consistency, caveats) = self.label(watched)?;
         let order: Vec<VolumeSlot> = opened.volumes.iter().map(|v| v.slot).collect();
         let digest_of = |slot: &VolumeSlot| {
             scan.digests.volumes.iter().find(|(s, _)| s == slot).map(|(_, d)| *d).expect("every volume was scanned")
@@ -170,11 +174,11 @@ impl Round<'_> {
         let mut openings = Vec::new();
         for v in self.volumes {
             let failed = |source| RoundError::Volume { name: v.name.clone(), source };
-            let source = Arc::new(Source::open(&v.path).map_err(failed)?);
+            let source = self.provider.open(v).map_err(failed)?;
             let index = HashIndex::open(&self.state.index_dir(), v.id, v.geometry)?;
             let watched = source.clone();
-            let watch = tokio::task::spawn_blocking(move || watched.watch()).await.expect("watching does not panic");
-            openings.push(Opening { volume: ScanVolumeParts { source, index }, watch });
+            let watch = threads::blocking(move || watched.watch()).await;
+            openings.push(Opening { source, index, watch });
         }
         Ok(openings)
     }
@@ -209,23 +213,25 @@ impl Round<'_> {
     async fn plan(
         &self,
         session: &mut Session,
-        parts: Vec<ScanVolumeParts>,
+        parts: Vec<(Arc<dyn Capture>, HashIndex)>,
         opened: &Opened,
     ) -> Result<Vec<PlannedVolume>, RoundError> {
         let mut planned = Vec::new();
-        for ((v, part), opened) in self.volumes.iter().zip(parts).zip(&opened.volumes) {
-            let trusted = opened.digest == Some(part.index.volume_digest());
+        for ((v, (source, index)), opened) in self.volumes.iter().zip(parts).zip(&opened.volumes) {
+            let trusted = opened.digest == Some(index.volume_digest()) || planted(Mutant::IndexAdoptedUnseen);
             let known = if trusted {
+                reached(Situation::IndexTrusted);
                 Known::Indexed
             } else {
+                reached(Situation::RangesCompared);
                 Known::Ranges(ask_ranges(session, opened.slot, v.geometry.pages()).await?)
             };
             let scan = ScanVolume {
                 slot: opened.slot,
                 geometry: v.geometry,
-                read_len: ScanVolume::read_len(part.source.is_device()),
-                volume: Box::new(part.source.clone()),
-                index: part.index,
+                read_len: source.read_len(),
+                volume: Box::new(source),
+                index,
             };
             planned.push(PlannedVolume { scan: Arc::new(scan), known, opened: opened.clone() });
         }
@@ -240,7 +246,7 @@ impl Round<'_> {
         planned: &[PlannedVolume],
         first_capture: CaptureNumber,
     ) -> Result<ScanSum, RoundError> {
-        let mut sender = Sender::start(&session.connection);
+        let mut sender = Sender::start(&session.link);
         let sent_bytes = sender.bytes();
         let shared = Arc::new(ScanShared {
             capture: AtomicU64::new(first_capture.0),
@@ -283,13 +289,19 @@ impl Round<'_> {
     }
 
     /// `Crash` only if every volume held still from before the first byte was read until after the last.
-    fn label(&self, sources: &[Arc<Source>], watches: Vec<Watch>) -> Result<(Consistency, Vec<String>), RoundError> {
+    fn label(
+        &self,
+        watched: Vec<(Arc<dyn Capture>, Box<dyn Watching>)>,
+    ) -> Result<(Consistency, Vec<String>), RoundError> {
         let mut consistency = Consistency::Crash;
         let mut caveats = Vec::new();
+        let (sources, watches): (Vec<_>, Vec<_>) = watched.into_iter().unzip();
         for (v, watch) in self.volumes.iter().zip(watches) {
             caveats.extend(watch.caveats().iter().map(|c| format!("{}: {c}", v.name)));
             if let Stability::Moved(why) = watch.finish() {
-                consistency = Consistency::Fuzzy;
+                if !planted(Mutant::FuzzyCalledCrash) {
+                    consistency = Consistency::Fuzzy;
+                }
                 caveats.push(format!("{}: {why}", v.name));
             }
         }
@@ -310,14 +322,16 @@ impl Round<'_> {
         consistency: Consistency,
         capture_start: UnixMillis,
     ) -> Result<Committed, RoundError> {
-        let commit = CommitId(uuid::Uuid::now_v7().into_bytes());
-        let nonce = WriterNonce(uuid::Uuid::new_v4().into_bytes());
+        let commit = CommitId(random::id());
+        let nonce = WriterNonce(random::bytes());
         // Bounded; a receiver that lets so many commits get lost on one record is not one to wait for.
         if writer.pending.len() >= MAX_PENDING {
             writer.pending.remove(0);
         }
         writer.pending.push(PendingCommit { base: opened.head, commit, nonce });
-        self.state.write_writer(writer)?;
+        if !planted(Mutant::PendingNotWritten) {
+            self.state.write_writer(writer)?;
+        }
         let capture_end = unix_millis();
         let message = Commit {
             commit,
@@ -354,7 +368,12 @@ impl Round<'_> {
 /// may still land, late: they are remembered.
 fn learn_outcome(writer: &mut WriterState, opened: &Opened) {
     if let Some(landed) = writer.pending.iter().find(|p| p.commit == opened.head_commit) {
-        writer.nonce = Some(landed.nonce);
+        reached(Situation::PendingLanded);
+        if !planted(Mutant::LandedCommitForgotten) {
+            writer.nonce = Some(landed.nonce);
+        }
+    } else if !writer.pending.is_empty() {
+        reached(Situation::PendingLost);
     }
     writer.pending.retain(|p| p.base >= opened.head);
     writer.high_water = writer.high_water.max(opened.head);

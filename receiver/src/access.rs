@@ -15,10 +15,13 @@ use backhaul_protocol::store::fleet::{
 use backhaul_protocol::store::key::{self, GroupKeys, ObjectKey};
 use backhaul_protocol::store::log::{Body, CreateBody, PromoteBody, Record, UnixMillis};
 use backhaul_protocol::wire::message::{Join, Joined, Reason, Refusal};
+use backhaul_seams::random;
 use backhaul_transport::authority::Authority;
 use backhaul_transport::tls::{AgentIdentity, TlsError};
 use backhaul_transport::token::JoinToken;
 use bytes::Bytes;
+
+use backhaul_seams::mutant::{Mutant, planted};
 
 use crate::catalog::{Appended, Catalog, GroupLog, SMALL, get_optional};
 use crate::read_error::ReadError;
@@ -98,7 +101,7 @@ pub async fn ensure_group(catalog: &Catalog, name: &Name, now: SystemTime) -> Re
     let group = match catalog.group(name).await? {
         Some(group) => group,
         None => {
-            let group = GroupId(uuid::Uuid::now_v7().into_bytes());
+            let group = GroupId(random::id());
             match put_new(store, &key::group_name(name), write_group_name(group)).await? {
                 Put::New => group,
                 Put::WasThere => catalog
@@ -115,7 +118,7 @@ pub async fn ensure_group(catalog: &Catalog, name: &Name, now: SystemTime) -> Re
         seq: LogSeq(0),
         previous: ObjectDigest([0; 32]),
         generation: Generation(1),
-        commit: CommitId(crate::random::bytes()),
+        commit: CommitId(random::bytes()),
         nonce: WriterNonce::OPEN,
         time: unix_millis(now),
         body: Body::Create(CreateBody { repository: catalog.format.repository, name: name.clone() }),
@@ -145,7 +148,7 @@ pub async fn make_token(
     now: SystemTime,
 ) -> Result<JoinToken, AccessError> {
     let log = ensure_group(catalog, &request.group, now).await?;
-    let secret: [u8; 32] = crate::random::bytes();
+    let secret: [u8; 32] = random::bytes();
     let expires = unix_millis(now + request.ttl);
     let token = Token { group: log.group(), role: request.role, expires };
     put_new(&*catalog.store, &key::token(&JoinToken::secret_hash(&secret)), token.to_bytes()).await?;
@@ -168,7 +171,7 @@ pub async fn join(
         return Err(denied("the token has expired: make a new one with `backhaul-receiver token`"));
     }
     let key_hash = backhaul_transport::tls::request_key_hash(&join.request)?;
-    let fresh = Redeemed { key_hash, agent: AgentId(uuid::Uuid::now_v7().into_bytes()) };
+    let fresh = Redeemed { key_hash, agent: AgentId(random::id()) };
     let redeemed = match put_new(store, &key::redeemed(&hash), fresh.to_bytes()).await? {
         Put::New => fresh,
         Put::WasThere => {
@@ -325,7 +328,7 @@ pub async fn adopt(
         return Err(AccessError::Denied(format!("agent {agent} was revoked")));
     }
     let log = catalog.expect_group(group).await?;
-    let commit = CommitId(crate::random::bytes());
+    let commit = CommitId(random::bytes());
     loop {
         let (head, hash) = log.head().await?;
         let seq = head.record.seq.next();
@@ -338,7 +341,7 @@ pub async fn adopt(
             previous: hash,
             generation,
             commit,
-            nonce: WriterNonce::OPEN,
+            nonce: if planted(Mutant::AdoptKeepsNonce) { head.record.nonce } else { WriterNonce::OPEN },
             time: unix_millis(now).max(head.record.time),
             body: Body::Promote(PromoteBody { agent }),
         };

@@ -15,6 +15,8 @@ use backhaul_protocol::store::envelope::Kind as ObjectKind;
 use backhaul_protocol::store::fleet::read_group_name;
 use backhaul_protocol::store::key::{self, GroupKeys};
 use backhaul_protocol::store::log::Record;
+use backhaul_seams::mutant::{Mutant, planted};
+use backhaul_seams::situation::{Situation, reached};
 use bytes::Bytes;
 
 use crate::history::MAX_CHECKPOINT;
@@ -232,7 +234,12 @@ impl GroupLog {
             let ours = theirs.commit == record.commit;
             return Ok((if ours { Appended::Ours } else { Appended::Theirs(Box::new(theirs)) }, found, len));
         }
-        match self.store.put_new(&self.keys.log(record.seq), bytes).await {
+        let key = self.keys.log(record.seq);
+        let put = match planted(Mutant::NoConditionalPut) {
+            false => self.store.put_new(&key, bytes).await,
+            true => self.store.put_hint(&key, bytes).await,
+        };
+        match put {
             Ok(()) => {}
             Err(e) if e.kind() == Kind::Exists => {
                 let lost = ReadError::Log { seq: record.seq, what: "the record went away" };
@@ -240,12 +247,13 @@ impl GroupLog {
                 if theirs.commit != record.commit {
                     return Ok((Appended::Theirs(Box::new(theirs)), hash, len));
                 }
+                reached(Situation::AppendedBefore);
                 return Ok((Appended::Ours, found, len));
             }
             Err(e) => return Err(e.into()),
         }
         // A writer that slept may have put a number that was deleted meanwhile: then it does not exist.
-        if self.floor().await? > record.seq {
+        if !planted(Mutant::FloorNotRead) && self.floor().await? > record.seq {
             return Ok((Appended::BelowFloor, hash, len));
         }
         Ok((Appended::Ours, hash, len))
@@ -277,7 +285,10 @@ impl GroupLog {
         }
         match self.store.put_new(&self.keys.checkpoint(seq), Bytes::from(bytes)).await {
             Err(e) if e.kind() != Kind::Exists => Err(e.into()),
-            _ => Ok(()),
+            _ => {
+                reached(Situation::Checkpoint);
+                Ok(())
+            }
         }
     }
 }

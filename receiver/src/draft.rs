@@ -9,17 +9,19 @@ use std::sync::Arc;
 
 use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::ids::{CaptureNumber, Generation, LogSeq, VolumeSlot};
-use backhaul_protocol::limits::{MAX_LOOSE_ENTRIES, MAX_LOOSE_SEGMENTS};
 use backhaul_protocol::store::key::{GroupKeys, ObjectId};
 use backhaul_protocol::store::map::{self, PAGES_START, Role};
 use backhaul_protocol::store::segment::{self, DraftBinding, RECORDS_START, SegmentRef, VolumeEntry};
 
 use crate::fold::{self, FoldTarget};
 use crate::layers::touched_pages;
+use crate::limits::Limits;
 use crate::object_ids::IdSource;
 use crate::read_error::ReadError;
 use crate::store::{ObjectStore, list_all};
 use crate::view::{Loose, MapReader, View, read_segment_index};
+use backhaul_seams::mutant::{Mutant, planted};
+use backhaul_seams::situation::{Situation, reached};
 use tokio::task::JoinSet;
 
 /// Captures that one session may use on one base: 16 times the blocks of the largest volume, and room for a hundred
@@ -145,6 +147,9 @@ impl Draft {
                 Err(e) => return Err(e),
             }
         }
+        if !draft.segments.is_empty() || !draft.deltas.is_empty() {
+            reached(Situation::DraftRecovered);
+        }
         draft.max_capture = entries.iter().map(|e| e.entry.capture).max().unwrap_or_default();
         if !draft.deltas.is_empty() {
             draft.max_capture = draft.max_capture.max(CaptureNumber(
@@ -166,17 +171,18 @@ impl Draft {
     }
 
     /// Whether so much has come together that it should be folded.
-    pub fn wants_fold(&self) -> bool {
-        self.segments.len() >= MAX_LOOSE_SEGMENTS || self.loose.0.len() >= MAX_LOOSE_ENTRIES
+    pub fn wants_fold(&self, limits: Limits) -> bool {
+        self.segments.len() >= limits.segments || self.loose.0.len() >= limits.entries
     }
 
     /// Folds the loose segments into a delta map, and many delta maps into one.
     pub async fn fold(&mut self, target: &FoldTarget, ids: &mut IdSource) -> Result<(), ReadError> {
+        reached(Situation::DraftFolded);
         let delta = fold::delta_of(target, &[], std::slice::from_ref(&self.loose), ids).await?;
         self.deltas.extend(delta);
         self.segments.clear();
         self.loose = Arc::default();
-        if self.deltas.len() >= backhaul_protocol::limits::MAX_DELTA_MAPS {
+        if self.deltas.len() >= target.limits.deltas {
             let merged = fold::delta_of(target, &self.deltas, &[], ids).await?;
             self.deltas = merged.into_iter().collect();
         }
@@ -212,7 +218,8 @@ async fn open_draft_map(
 ) -> Result<Option<MapReader>, ReadError> {
     let bytes = store.get_range(key, 0..PAGES_START as u64).await?;
     let (head, reference) = map::read_head(&bytes, size).map_err(ReadError::damaged(key))?;
-    if head.binding != binding || head.role != Role::Delta || keys.object_id(key) != Some(head.id) {
+    let bound = head.binding == binding || planted(Mutant::DraftOfAnotherBase);
+    if !bound || head.role != Role::Delta || keys.object_id(key) != Some(head.id) {
         return Ok(None);
     }
     Ok(Some(MapReader::with_head(store.clone(), keys, reference, head)))
@@ -228,7 +235,8 @@ async fn open_draft_segment(
     let key = keys.segment(id);
     let head = store.get_range(&key, 0..RECORDS_START as u64).await?;
     let (found, reference) = segment::read_head(&head, size).map_err(ReadError::damaged(&key))?;
-    if found != binding || reference.id != id {
+    if (found != binding && !planted(Mutant::DraftOfAnotherBase)) || reference.id != id {
+        reached(Situation::ForeignDraft);
         return Ok(None);
     }
     let index = read_segment_index(store, keys, &reference).await?;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use backhaul_cli::{Progress, RestorePlan, VolumePlan};
 use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::ids::Name;
+use backhaul_seams::threads;
 use backhaul_volume::rebuild::Comparer;
 use backhaul_volume::target::CheckedTarget;
 
@@ -71,7 +72,7 @@ impl Comparing<'_> {
                 Ok(page) => {
                     let (checked, mut own) = (checked.clone(), comparer.take().expect("put back below"));
                     let look = move || (own.look(&*checked, index), own);
-                    let (found, own) = tokio::task::spawn_blocking(look).await.expect("comparing does not panic");
+                    let (found, own) = threads::blocking(look).await;
                     comparer = Some(own);
                     pages.push((index, page, as_unknown(geometry, self.unknown, index, found?.0)));
                 }

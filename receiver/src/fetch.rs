@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use backhaul_protocol::geometry::{BlockIndex, Geometry};
 use backhaul_protocol::record::{RecordError, Verifier};
 use backhaul_protocol::store::key::{GroupKeys, ObjectKey};
+use backhaul_seams::threads;
 use backhaul_volume::rebuild::BlockWriter;
 use backhaul_volume::target::{Durability, Target, TargetError};
 use bytes::Bytes;
@@ -187,7 +188,7 @@ impl Shared {
             }
             fetched
         };
-        tokio::task::spawn_blocking(work).await.expect("opening records does not panic")
+        threads::blocking(work).await
     }
 
     fn bench(&self) -> Result<Bench, FetchError> {

@@ -10,14 +10,16 @@ use std::sync::Arc;
 use backhaul_protocol::digest::{RangeDigest, VolumeDigest, VolumeDigester};
 use backhaul_protocol::geometry::{Geometry, PageIndex};
 use backhaul_protocol::ids::VolumeSlot;
-use backhaul_protocol::limits::{MAX_DELTA_MAPS, MAX_LOOSE_ENTRIES, MAX_LOOSE_SEGMENTS};
 use backhaul_protocol::store::entry::ZeroEntries;
 use backhaul_protocol::store::key::GroupKeys;
 use backhaul_protocol::store::map::{MapBuilder, MapObject, MapRef, Role};
 use backhaul_protocol::store::segment::{DraftBinding, SegmentRef};
+use backhaul_seams::mutant::{Mutant, planted};
+use backhaul_seams::situation::{Situation, reached};
 use bytes::Bytes;
 
 use crate::layers::{layer_page, touched_pages};
+use crate::limits::Limits;
 use crate::object_ids::IdSource;
 use crate::read_error::ReadError;
 use crate::store::ObjectStore;
@@ -34,6 +36,8 @@ pub struct FoldTarget {
     pub binding: DraftBinding,
     /// Slots and geometries of the volumes that are still there.
     pub volumes: Vec<(VolumeSlot, Geometry)>,
+    /// When to fold.
+    pub limits: Limits,
 }
 
 impl FoldTarget {
@@ -63,7 +67,8 @@ pub async fn delta_of(
     for (slot, index) in touched_pages(deltas, loose).await? {
         let Some((_, geometry)) = target.volumes.iter().find(|(s, _)| *s == slot) else { continue };
         let page = layer_page(deltas, loose, slot, index, geometry.page_blocks(index)).await?;
-        let entries = page.entries(ZeroEntries::Keep);
+        let zeroes = if planted(Mutant::FoldForgetsZeroes) { ZeroEntries::Drop } else { ZeroEntries::Keep };
+        let entries = page.entries(zeroes);
         any |= !entries.is_empty();
         if let Some(part) = builder.push_page(slot, index, &entries, RangeDigest::ZERO) {
             target.put(part).await?;
@@ -101,7 +106,8 @@ async fn base_of(
             None => None,
         };
         let last = index.0 + 1 == pages;
-        if !last && !view.is_changed(volume.slot, index).await? {
+        let forgotten = planted(Mutant::FoldForgetsPage) && index.0 == 0 && volume.base.is_some();
+        if !last && (!view.is_changed(volume.slot, index).await? || forgotten) {
             digester.push(old.map_or(RangeDigest::ZERO, |(_, row)| row.range_digest));
             if let Some((_, row)) = old {
                 builder.push_old_page(row);
@@ -143,11 +149,13 @@ pub async fn fold_point(
     ids: &mut IdSource,
 ) -> Result<Vec<(VolumeSlot, VolumeDigest)>, ReadError> {
     let entries: usize = layers.view.loose.iter().map(|l| l.0.len()).sum();
-    let fits = layers.segments.len() + room <= MAX_LOOSE_SEGMENTS && entries <= MAX_LOOSE_ENTRIES;
-    if fits && layers.view.deltas.len() <= MAX_DELTA_MAPS {
+    let limits = target.limits;
+    let fits = layers.segments.len() + room <= limits.segments && entries <= limits.entries;
+    if fits && layers.view.deltas.len() <= limits.deltas {
         return Ok(Vec::new());
     }
     if !fits {
+        reached(Situation::PointFolded);
         let delta = delta_of(target, &[], &layers.view.loose, ids).await?;
         layers.view.deltas.extend(delta);
         layers.view.loose.clear();
@@ -156,7 +164,7 @@ pub async fn fold_point(
     let in_deltas: u64 = layers.view.deltas.iter().map(|d| d.reference.entries).sum();
     let in_bases: u64 = layers.view.volumes.iter().filter_map(|v| v.base.as_ref()).map(|b| b.reference.entries).sum();
     if in_deltas * 8 <= in_bases {
-        if layers.view.deltas.len() > MAX_DELTA_MAPS {
+        if layers.view.deltas.len() > limits.deltas {
             let merged = delta_of(target, &layers.view.deltas, &[], ids).await?;
             layers.view.deltas = merged.into_iter().collect();
         }
@@ -165,6 +173,7 @@ pub async fn fold_point(
     let mut digests = Vec::new();
     let mut volumes = layers.view.volumes.clone();
     for volume in &mut volumes {
+        reached(Situation::BaseWritten);
         let base = base_of(target, &layers.view, volume, ids).await?;
         volume.base = base.map;
         digests.push((volume.slot, base.digest));

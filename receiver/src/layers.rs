@@ -6,9 +6,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use backhaul_protocol::geometry::PageIndex;
-use backhaul_protocol::ids::VolumeSlot;
-use backhaul_protocol::store::entry::Page;
+use backhaul_protocol::ids::{CaptureNumber, VolumeSlot};
+use backhaul_protocol::store::entry::{Entry, Page};
 use backhaul_protocol::store::map::Row;
+
+use backhaul_seams::mutant::{Mutant, planted};
 
 use crate::read_error::ReadError;
 use crate::view::{Loose, MapReader};
@@ -33,6 +35,14 @@ pub async fn touched_pages(
     Ok(pages)
 }
 
+/// Lets an entry win where its capture is the highest so far.
+pub(crate) fn apply(page: &mut Page, entry: &Entry) {
+    if planted(Mutant::CaptureNumbersIgnored) {
+        return page.apply(&Entry { capture: CaptureNumber(0), ..*entry });
+    }
+    page.apply(entry);
+}
+
 /// One page of a layer, with nothing below it.
 pub async fn layer_page(
     deltas: &[Arc<MapReader>],
@@ -44,11 +54,11 @@ pub async fn layer_page(
     let mut page = Page::new(index, blocks);
     for delta in deltas {
         if let Some(row) = delta.row(slot, index).await? {
-            delta.entries(&row).await?.iter().for_each(|e| page.apply(e));
+            delta.entries(&row).await?.iter().for_each(|e| apply(&mut page, e));
         }
     }
     for loose in loose {
-        loose.page(slot, index).iter().for_each(|e| page.apply(&e.entry));
+        loose.page(slot, index).iter().for_each(|e| apply(&mut page, &e.entry));
     }
     Ok(page)
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use backhaul_protocol::bytes::{FieldReader, FieldWriter};
 use backhaul_protocol::store::envelope::{self, Kind};
 use backhaul_protocol::store::key::{self, ObjectKey};
+use backhaul_seams::random;
 use bytes::Bytes;
 
 use crate::access::unix_millis;
@@ -85,7 +86,7 @@ impl Presence {
                 return Err(PresenceError::Taken(ago));
             }
         }
-        let id = crate::random::bytes();
+        let id = random::bytes();
         store.put_hint(&key, object(id, now)).await?;
         let again = store.clone();
         let task = tokio::spawn(async move {

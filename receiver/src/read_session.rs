@@ -12,6 +12,7 @@ use backhaul_protocol::session::compare::BlockSet;
 use backhaul_protocol::store::entry::{Content, Page};
 use backhaul_protocol::store::key::GroupKeys;
 use backhaul_protocol::wire::message::{PointSpec, ReadOpened, ReadVolume, Reason, ReceiverMessage, Refusal};
+use backhaul_transport::link::Link;
 use bytes::Bytes;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -36,11 +37,11 @@ pub struct Reading {
 }
 
 impl Reading {
-    /// Opens the point; blocks are sent over `connection`, notices through `out`.
+    /// Opens the point; blocks are sent over `link`, notices through `out`.
     pub async fn open(
         log: GroupLog,
         spec: PointSpec,
-        connection: quinn::Connection,
+        link: Arc<dyn Link>,
         out: mpsc::Sender<ReceiverMessage>,
     ) -> Result<(Self, ReadOpened), ReadError> {
         let (record, point) = log.find(spec).await?;
@@ -66,7 +67,7 @@ impl Reading {
         let mut server = JoinSet::new();
         let (store, keys) = (log.store().clone(), log.keys());
         server.spawn(async move {
-            if let Err(refused) = serve_wants(store, keys, wanted, connection, &out).await {
+            if let Err(refused) = serve_wants(store, keys, wanted, link, &out).await {
                 let _ = out.send(ReceiverMessage::Refused(refused)).await;
             }
         });
@@ -112,7 +113,7 @@ async fn serve_wants(
     store: Arc<dyn ObjectStore>,
     keys: GroupKeys,
     mut wanted: mpsc::Receiver<(VolumeSlot, PageIndex, Vec<Wanted>)>,
-    connection: quinn::Connection,
+    link: Arc<dyn Link>,
     out: &mpsc::Sender<ReceiverMessage>,
 ) -> Result<(), Refusal> {
     let slots = Arc::new(Semaphore::new(READS));
@@ -121,9 +122,9 @@ async fn serve_wants(
         let mut reads = JoinSet::new();
         for read in plan_reads(wants, MAX_GAP, MAX_READ) {
             let slot = slots.clone().acquire_owned().await.expect("never closed");
-            let (store, connection) = (store.clone(), connection.clone());
+            let (store, link) = (store.clone(), link.clone());
             reads.spawn(async move {
-                let sent = send_read(&*store, keys, &read, &connection).await;
+                let sent = send_read(&*store, keys, &read, &*link).await;
                 drop(slot);
                 sent
             });
@@ -141,16 +142,11 @@ async fn serve_wants(
 
 /// Reads one range and sends its records on a stream of their own. Only their headers are looked at here: the agent
 /// hashes everything.
-async fn send_read(
-    store: &dyn ObjectStore,
-    keys: GroupKeys,
-    read: &Read,
-    connection: &quinn::Connection,
-) -> Result<(), Refusal> {
+async fn send_read(store: &dyn ObjectStore, keys: GroupKeys, read: &Read, link: &dyn Link) -> Result<(), Refusal> {
     let key = keys.segment(read.object);
     let bytes = store.get_range(&key, read.range.clone()).await.map_err(|e| ReadError::from(e).refusal())?;
     let lost = |e: &dyn std::fmt::Display| Refusal { reason: Reason::Busy, text: format!("connection lost: {e}") };
-    let mut stream = connection.open_uni().await.map_err(|e| lost(&e))?;
+    let mut stream = link.open_blocks().await.map_err(|e| lost(&e))?;
     let mut start = None::<(usize, usize)>;
     let mut chunks: Vec<Bytes> = Vec::new();
     for wanted in &read.records {
@@ -171,7 +167,9 @@ async fn send_read(
     if let Some((from, to)) = start {
         chunks.push(bytes.slice(from..to));
     }
-    stream.write_all_chunks(&mut chunks).await.map_err(|e| lost(&e))?;
-    let _ = stream.finish();
+    for chunk in chunks {
+        stream.write(chunk).await.map_err(|e| lost(&e))?;
+    }
+    stream.finish();
     Ok(())
 }

@@ -12,6 +12,7 @@ use backhaul_protocol::geometry::{BlockIndex, Geometry, PageIndex};
 use backhaul_protocol::ids::Name;
 use backhaul_protocol::store::entry::Page;
 use backhaul_protocol::store::key::GroupKeys;
+use backhaul_seams::threads;
 use backhaul_volume::rebuild::{Comparer, Existing, Found, block_range, differing_ranges, verify_all};
 use backhaul_volume::target::{Durability, Target, TargetError};
 use tokio::sync::{Semaphore, mpsc};
@@ -198,7 +199,7 @@ impl Restoring {
                 comparers.lock().unwrap_or_else(PoisonError::into_inner).push(own);
                 found
             };
-            tokio::task::spawn_blocking(work).await.expect("comparing does not panic")
+            threads::blocking(work).await
         }))
     }
 
@@ -224,7 +225,7 @@ impl Restoring {
     /// Completes the target.
     pub async fn finish(&self) -> Result<(), TargetError> {
         let (target, durability) = (self.target.clone(), self.durability);
-        tokio::task::spawn_blocking(move || target.finish(durability)).await.expect("flushing does not panic")
+        threads::blocking(move || target.finish(durability)).await
     }
 
     /// After [`Self::finish`]: reads all of it back and compares with the point; what was lost before may differ
@@ -265,7 +266,7 @@ impl Restoring {
         let expected = self.view.page(&self.volume, page).await?.digests();
         let (target, durability) = (self.target.clone(), self.durability);
         let look = move || differing_ranges(&target, geometry, durability, page, &expected);
-        let ranges = tokio::task::spawn_blocking(look).await.expect("comparing does not panic")?;
+        let ranges = threads::blocking(look).await?;
         // Lost ranges are whole blocks: compare block by block.
         let step = u64::from(geometry.block_size());
         let blocks =

@@ -16,6 +16,7 @@ use backhaul_protocol::digest::VolumeDigest;
 use backhaul_protocol::ids::{LogSeq, Name};
 use backhaul_protocol::store::log::{PointBody, PointVolume, UnixMillis};
 use backhaul_protocol::wire::message::PointSpec;
+use backhaul_seams::threads;
 use backhaul_volume::aim;
 use backhaul_volume::rebuild::Existing;
 use backhaul_volume::target::{CheckedTarget, Durability, TargetNeeds};
@@ -211,7 +212,7 @@ impl Prepared {
         for job in self.jobs {
             let unknown = gone(&self.damaged, &job.name);
             let checked = job.checked;
-            let target = tokio::task::spawn_blocking(move || checked.open()).await.expect("opening does not panic")?;
+            let target = threads::blocking(move || checked.open()).await?;
             let restoring = Restoring {
                 store: self.log.store().clone(),
                 keys: self.log.keys(),

@@ -12,22 +12,25 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use backhaul_protocol::digest::DeltaDigest;
 use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::ids::{CaptureNumber, VolumeSlot};
-use backhaul_protocol::limits::MAX_INLINE_RECORDS;
-use backhaul_protocol::session::sink::{Sink, Taken};
+use backhaul_protocol::session::sink::{Sealed, Sink, Taken};
 use backhaul_protocol::store::key::ObjectId;
 use backhaul_protocol::store::log::UnixMillis;
 use backhaul_protocol::store::segment::{DraftBinding, SegmentBuilder};
 use backhaul_protocol::wire::message::{
     Commit, Committed, DraftPages, Open, Opened, OpenedVolume, Reason, Refusal, VolumesChanged,
 };
+use backhaul_seams::mutant::{Mutant, planted};
+use backhaul_seams::situation::{Situation, reached};
 use tokio::sync::{Semaphore, watch};
 
 use crate::catalog::{Appended, GroupLog};
 use crate::fold::{self, FoldTarget, Layers};
 use crate::ingest::{Ingest, Progress};
 use crate::layers::layer_page;
+use crate::limits::Limits;
 use crate::read_error::ReadError;
 use crate::segment_writer::{Budget, Rest, SegmentWriter};
 use crate::view::{Loose, View, ViewVolume};
@@ -56,6 +59,8 @@ pub struct RoundResources {
     pub verifiers: Arc<Semaphore>,
     /// Segments are sealed at this size, bytes.
     pub segment_size: usize,
+    /// When to fold.
+    pub limits: Limits,
 }
 
 /// An open round.
@@ -67,6 +72,7 @@ pub struct Round {
     /// Base, deltas, draft: what the agent compares with.
     view: View,
     end_capture: CaptureNumber,
+    limits: Limits,
 }
 
 impl Round {
@@ -79,6 +85,7 @@ impl Round {
     ) -> Result<(Self, Opened), Refusal> {
         let (store, keys) = (state.log.store().clone(), state.log.keys());
         let known = state.refresh().await.map_err(|e| e.refusal())?;
+        let open = &believed(open, known);
         let mut taken = sink.open(&known.head, open)?;
         if known.is_mending {
             // Everything is compared, and a point is made whatever comes of it.
@@ -97,7 +104,10 @@ impl Round {
             .collect();
         view.deltas.extend(known.draft.deltas.iter().cloned());
         view.loose.push(known.draft.loose.clone());
-        let highest = known.head.max_capture().max(known.draft.max_capture);
+        let mut highest = known.head.max_capture().max(known.draft.max_capture);
+        if planted(Mutant::CapturesStartAgain) {
+            highest = known.head.max_capture();
+        }
         let Some(first_capture) = highest.0.checked_add(1).filter(|c| *c < known.end_capture.0) else {
             let text =
                 "no capture numbers are left in this group: the log is damaged or was written by a hostile agent";
@@ -136,7 +146,7 @@ impl Round {
                 .collect(),
             volumes_changed: taken.changed,
         };
-        Ok((Self { taken, ingest, view, end_capture }, opened))
+        Ok((Self { taken, ingest, view, end_capture, limits: resources.limits }, opened))
     }
 
     /// The view that the agent compares with.
@@ -185,7 +195,7 @@ impl Round {
         for (reference, index) in self.ingest.writer().collect().await? {
             known.draft.add(reference, index);
         }
-        if known.draft.wants_fold() {
+        if known.draft.wants_fold(self.limits) {
             let mut ids = *lock(&known.ids);
             // Ids are set aside generously: uploads go on meanwhile and take theirs from the same counter.
             let mut apart = ids;
@@ -202,6 +212,7 @@ impl Round {
             keys: state.log.keys(),
             binding: DraftBinding { group: state.log.group(), base_commit: self.taken.base_commit },
             volumes: self.taken.volumes.iter().map(|v| (v.slot, v.offer.geometry)).collect(),
+            limits: self.limits,
         }
     }
 
@@ -215,11 +226,13 @@ impl Round {
         now: impl Fn() -> UnixMillis,
     ) -> Result<Committed, Refusal> {
         let records = commit.records;
+        let stated = (commit.delta_digest, commit.delta_blocks);
         if commit.max_capture >= self.end_capture {
             return Err(Refusal { reason: Reason::Protocol, text: "a capture number out of bounds".into() });
         }
         let commit_id = commit.commit;
-        sink.commit(commit)?;
+        let base = if planted(Mutant::NoBaseCheck) { self.taken.base } else { commit.base };
+        sink.commit(Commit { base, ..commit })?;
         {
             let mut waiting = std::pin::pin!(wait_for(self.ingest.progress(), records, LATE));
             let mut absorb = tokio::time::interval(ABSORB_INTERVAL);
@@ -240,7 +253,7 @@ impl Round {
         let log = state.log.clone();
         let known =
             state.known.as_mut().ok_or_else(|| Refusal { reason: Reason::Protocol, text: "no round".into() })?;
-        let rest = if known.draft.is_empty() { Rest::Inline(MAX_INLINE_RECORDS) } else { Rest::Segment };
+        let rest = if known.draft.is_empty() { Rest::Inline(self.limits.inline) } else { Rest::Segment };
         let finished = self.ingest.writer().finish(rest).await.map_err(|e| read(e.into()))?;
         let all_inline = finished.stored.is_empty();
         for (reference, index) in finished.stored {
@@ -256,9 +269,13 @@ impl Round {
             }
             other => other.map(|b| b.into_inline(ObjectId::inline(seq))),
         };
+        if inline.is_some() {
+            reached(Situation::InlinePoint);
+        }
         let inline_loose = Arc::new(Loose::new(inline.as_ref().map(|i| i.index.clone()).unwrap_or_default()));
         let mut layers = self.layers(known, inline_loose.clone());
         let (sealed, ranges, next_slot) = self.examine(known, &layers.view, &inline_loose).await.map_err(read)?;
+        let sealed = if planted(Mutant::DigestsNotCompared) { believed_sealed(&sealed, stated) } else { sealed };
         let (taken, approved) = sink.sealed(&sealed)?;
 
         // The records inside the log record have no place yet: they are left out of folding and stay loose.
@@ -272,16 +289,27 @@ impl Round {
         let stored = known.draft.stored + inline.as_ref().map_or(0, |i| i.records.len() as u64);
         let record =
             self.record(&log, known, peer, &taken, &approved, checked, &layers, inline, stored, now(), next_slot);
-        let (outcome, hash, len) = log.append(&record).await.map_err(read)?;
+        let (outcome, hash, len) = if planted(Mutant::CommittedBeforeRecord) {
+            let (later, bytes) = (log.clone(), record.to_bytes());
+            let hash = backhaul_protocol::store::log::Record::hash(&bytes);
+            let late = record.clone();
+            tokio::spawn(async move { later.append(&late).await });
+            (Appended::Ours, hash, bytes.len())
+        } else {
+            log.append(&record).await.map_err(read)?
+        };
         match outcome {
             Appended::Ours => {}
+            Appended::Theirs(_) if planted(Mutant::TheirsTakenForOurs) => {}
             Appended::Theirs(theirs) => {
+                reached(Situation::AppendLost);
                 state.forget();
                 let text =
                     format!("record {} was written by somebody else (commit {}) meanwhile", record.seq, theirs.commit);
                 return Err(Refusal { reason: Reason::Conflict, text });
             }
             Appended::BelowFloor => {
+                reached(Situation::BelowFloor);
                 state.forget();
                 return Err(Refusal { reason: Reason::Conflict, text: "this receiver slept too long".into() });
             }
@@ -304,6 +332,28 @@ impl Round {
         let segments = known.layers.segments.iter().chain(&known.draft.segments).copied().collect();
         Layers { view, segments }
     }
+}
+
+/// What an agent says, with the planted mistakes in how it is believed.
+fn believed(open: &Open, known: &KnownHead) -> Open {
+    let mut open = open.clone();
+    if planted(Mutant::NonceNotChecked) {
+        open.nonces.push(known.head.record.nonce);
+    }
+    if planted(Mutant::MachineNotChecked)
+        && let Some((_, point)) = &known.head.point
+    {
+        open.machine = point.machine;
+    }
+    if planted(Mutant::HighWaterIgnored) {
+        open.high_water = Default::default();
+    }
+    open
+}
+
+fn believed_sealed(sealed: &Sealed, (delta_digest, delta_blocks): (DeltaDigest, u64)) -> Sealed {
+    let volumes = vec![None; sealed.volumes.len()];
+    Sealed { delta_digest, delta_blocks, volumes, ..sealed.clone() }
 }
 
 /// Ids that a fold of the draft may take: parts of 16 MiB of maps of at most 2^20 entries.

@@ -12,6 +12,7 @@ use backhaul_protocol::ids::{LogSeq, Name, VolumeSlot};
 use backhaul_protocol::store::entry::{Content, Page};
 use backhaul_protocol::store::log::{PointBody, PointVolume, Record};
 use backhaul_protocol::wire::message::PointSpec;
+use backhaul_seams::random;
 use backhaul_volume::rebuild::block_range;
 use serde::Serialize;
 use tokio::sync::Semaphore;
@@ -357,7 +358,7 @@ struct Sampler {
 
 impl Sampler {
     fn new(share: Share) -> Self {
-        let random = u64::from_le_bytes(crate::random::bytes()) | 1;
+        let random = u64::from_le_bytes(random::bytes()) | 1;
         Self { share, carried: (random % u64::from(WHOLE)) as u32, random }
     }
 

@@ -10,6 +10,8 @@ use backhaul_protocol::limits::MAX_SEGMENT_RECORDS;
 use backhaul_protocol::record::{HEADER_LEN, RecordHeader};
 use backhaul_protocol::store::key::GroupKeys;
 use backhaul_protocol::store::segment::{DraftBinding, INDEX_ROW_LEN, SegmentBuilder, SegmentRef, VolumeEntry};
+use backhaul_seams::mutant::{Mutant, planted};
+use backhaul_seams::threads;
 use bytes::Bytes;
 use tokio::sync::{Mutex as AsyncMutex, Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -249,10 +251,12 @@ impl SegmentWriter {
         lock(&self.uploads).spawn(async move {
             let _slot = this.slots.clone().acquire_owned().await.expect("slots are never closed");
             let binding = this.binding;
-            let sealed =
-                tokio::task::spawn_blocking(move || builder.seal(binding, id)).await.expect("sealing does not panic");
+            let sealed = threads::blocking(move || builder.seal(binding, id)).await;
             let key = this.keys.segment(id);
-            let result = this.store.put_new(&key, Bytes::from(sealed.bytes)).await;
+            let mut result = this.store.put_new(&key, Bytes::from(sealed.bytes)).await;
+            if planted(Mutant::SegmentFailureIgnored) {
+                result = Ok(());
+            }
             // The index stays in memory until the draft takes it.
             let mut segment = OpenSegment { builder: None, permit: segment.permit };
             drop(segment.settle(sealed.index.len() * size_of::<VolumeEntry>()));

@@ -6,19 +6,22 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use backhaul_protocol::ids::{AgentId, GroupId};
 use backhaul_protocol::store::checkpoint::Sharing;
 use backhaul_protocol::wire::message::CloseCode;
+use backhaul_seams::clock;
 use backhaul_transport::authority::Authority;
 use backhaul_transport::endpoint::{Endpoint, Windows};
 use backhaul_transport::error::TransportError;
 use backhaul_transport::tls::server_config;
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::catalog::Catalog;
+use crate::limits::Limits;
 use crate::quota::Quota;
 use crate::round::{GroupState, RoundResources};
 use crate::segment_writer::Budget;
@@ -36,6 +39,8 @@ pub struct ServerSettings {
     pub max_sessions: usize,
     /// How often a live session's agent is looked up among the revoked.
     pub revocation_check: Duration,
+    /// When to fold.
+    pub limits: Limits,
 }
 
 impl Default for ServerSettings {
@@ -48,6 +53,7 @@ impl Default for ServerSettings {
             max_sessions: 200,
             // A revoked agent is thrown out within 30 s; this leaves room for a slow store.
             revocation_check: Duration::from_secs(10),
+            limits: Limits::default(),
         }
     }
 }
@@ -157,6 +163,29 @@ impl std::fmt::Debug for AuthorityHandle {
 }
 
 impl Shared {
+    /// What the sessions of a receiver share that has just started.
+    pub fn new(catalog: Catalog, authority: Authority, settings: ServerSettings) -> Arc<Self> {
+        let threads = std::thread::available_parallelism().map_or(2, usize::from);
+        let resources = RoundResources {
+            budget: Budget::new(settings.memory),
+            verifiers: Arc::new(Semaphore::new(threads)),
+            segment_size: settings.segment_size,
+            limits: settings.limits,
+        };
+        let sessions = Quota::new(settings.max_sessions, MAX_SESSIONS_OF_ONE_AGENT);
+        Arc::new(Self {
+            catalog,
+            authority: AuthorityHandle(authority),
+            resources,
+            settings,
+            groups: Mutex::default(),
+            handshakes: Quota::new(MAX_HANDSHAKES, MAX_HANDSHAKES_OF_ONE_ADDRESS),
+            strangers: Quota::new(MAX_STRANGERS, MAX_STRANGERS_OF_ONE_ADDRESS),
+            sessions,
+            session_numbers: AtomicU64::new(1),
+        })
+    }
+
     /// The slot of a group.
     pub fn slot(shared: &Arc<Self>, group: GroupId) -> SlotInUse {
         let mut groups = lock(&shared.groups);
@@ -229,31 +258,13 @@ pub struct Server {
 impl Server {
     /// Binds the socket.
     pub fn bind(catalog: Catalog, authority: Authority, settings: ServerSettings) -> Result<Self, TransportError> {
-        let own = authority.issue_receiver(SystemTime::now())?;
+        let own = authority.issue_receiver(clock::now())?;
         let tls = server_config(&authority, own)?;
         let endpoint = Endpoint::server(settings.listen, tls, Windows::UNKNOWN_PEER, reset_key(&authority))?;
-        let threads = std::thread::available_parallelism().map_or(2, usize::from);
-        let resources = RoundResources {
-            budget: Budget::new(settings.memory),
-            verifiers: Arc::new(Semaphore::new(threads)),
-            segment_size: settings.segment_size,
-        };
         if catalog.format.sharing == Sharing::OneReceiver {
             tracing::warn!("this store has no atomic conditional write: never run a second receiver on it");
         }
-        let sessions = Quota::new(settings.max_sessions, MAX_SESSIONS_OF_ONE_AGENT);
-        let shared = Arc::new(Shared {
-            catalog,
-            authority: AuthorityHandle(authority),
-            resources,
-            settings,
-            groups: Mutex::default(),
-            handshakes: Quota::new(MAX_HANDSHAKES, MAX_HANDSHAKES_OF_ONE_ADDRESS),
-            strangers: Quota::new(MAX_STRANGERS, MAX_STRANGERS_OF_ONE_ADDRESS),
-            sessions,
-            session_numbers: AtomicU64::new(1),
-        });
-        Ok(Self { endpoint, shared })
+        Ok(Self { endpoint, shared: Shared::new(catalog, authority, settings) })
     }
 
     /// The address that it is bound to.
@@ -306,7 +317,7 @@ mod tests {
     #[tokio::test]
     async fn a_group_that_no_session_uses_is_forgotten() {
         let group = TestGroup::new(Arc::new(MemStore::new()), 1 << 20).await;
-        let (certificate, key) = Authority::generate(SystemTime::now()).expect("a key");
+        let (certificate, key) = Authority::generate(clock::now()).expect("a key");
         let authority = Authority::from_pem(&certificate, &key).expect("just made");
         let settings = ServerSettings { listen: ([127, 0, 0, 1], 0).into(), ..ServerSettings::default() };
         let server = Server::bind(group.catalog.clone(), authority, settings).expect("a free port");

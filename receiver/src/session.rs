@@ -4,18 +4,20 @@
 
 mod agent;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use backhaul_protocol::ids::AgentId;
 use backhaul_protocol::session::sink::Peer;
 use backhaul_protocol::wire::message::{AgentMessage, CloseCode, Reason, ReceiverMessage, Refusal};
+use backhaul_seams::clock;
 use backhaul_transport::control::{self, ControlReceiver, ControlSender};
-use backhaul_transport::endpoint::{self, Windows};
 use backhaul_transport::error::TransportError;
+use backhaul_transport::link::{Link, QuicLink};
 use backhaul_transport::tls::{AgentIdentity, agent_identity};
+use rustls_pki_types::CertificateDer;
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::access;
@@ -59,13 +61,35 @@ pub async fn run(
         },
         Err(error) => return tracing::info!(%from, %error, "handshake failed"),
     };
-    let code = match serve(&shared, &connection, handshake, shutdown).await {
-        Ok(code) => code,
-        Err(error) => {
-            tracing::info!(%from, number, %error, "session ended");
-            CloseCode::Protocol
-        }
+    let identity = connection.peer_identity().and_then(|any| {
+        let chain = any.downcast::<Vec<rustls_pki_types::CertificateDer<'static>>>().ok()?;
+        chain.first().cloned()
+    });
+    let link = QuicLink::accepted(connection);
+    let served = serve(&shared, &link, identity, from, handshake, shutdown).await;
+    if let Err(error) = &served {
+        tracing::info!(%from, number, %error, "session ended");
+    }
+    close(&*link, served);
+}
+
+/// Serves an agent that has shown who it is to its end.
+pub async fn run_agent(
+    shared: Arc<Shared>,
+    link: Arc<dyn Link>,
+    identity: AgentIdentity,
+    shutdown: watch::Receiver<bool>,
+) {
+    let served = match welcome(&*link).await {
+        Ok((sender, receiver)) => serve_agent(&shared, &link, identity, sender, receiver, shutdown).await,
+        Err(error) => Err(error),
     };
+    close(&*link, served);
+}
+
+/// Closes with what the other side may make of it: whether coming again helps.
+fn close(link: &dyn Link, served: Result<CloseCode, TransportError>) {
+    let code = served.unwrap_or_else(|e| if e.is_retryable() { CloseCode::Done } else { CloseCode::Protocol });
     let text = match code {
         CloseCode::Done => "",
         CloseCode::Superseded => "a newer session of the same group took over",
@@ -74,22 +98,27 @@ pub async fn run(
         CloseCode::Protocol => "the protocol was broken",
         CloseCode::Refused => "refused",
     };
-    endpoint::close(&connection, code, text);
+    link.close(code, text);
+}
+
+async fn welcome(
+    link: &dyn Link,
+) -> Result<(ControlSender<ReceiverMessage>, ControlReceiver<AgentMessage>), TransportError> {
+    let welcome = tokio::time::timeout(PATIENCE, control::welcome(link));
+    welcome.await.map_err(|_| TransportError::Timeout(PATIENCE))?
 }
 
 async fn serve(
     shared: &Arc<Shared>,
-    connection: &quinn::Connection,
+    link: &Arc<dyn Link>,
+    identity: Option<CertificateDer<'static>>,
+    from: SocketAddr,
     handshake: Ticket<IpAddr>,
     shutdown: watch::Receiver<bool>,
 ) -> Result<CloseCode, TransportError> {
-    let identity = connection.peer_identity().and_then(|any| {
-        let chain = any.downcast::<Vec<rustls_pki_types::CertificateDer<'static>>>().ok()?;
-        chain.first().cloned()
-    });
     let ticket = match identity {
         Some(_) => None,
-        None => match shared.strangers.enter(server::origin(connection.remote_address())) {
+        None => match shared.strangers.enter(server::origin(from)) {
             Ok(ticket) => Some(ticket),
             Err(_) => {
                 tracing::info!("as many connections without a certificate as there may be: closed one");
@@ -98,8 +127,7 @@ async fn serve(
         },
     };
     let handshake = ticket.is_none().then_some(handshake);
-    let welcome = tokio::time::timeout(PATIENCE, control::welcome(connection));
-    let (sender, mut receiver) = welcome.await.map_err(|_| TransportError::Timeout(PATIENCE))??;
+    let (sender, mut receiver) = welcome(&**link).await?;
     // Until here who has a certificate is one of those who have not said what they want.
     drop(handshake);
     let Some(certificate) = identity else {
@@ -108,7 +136,7 @@ async fn serve(
         return served;
     };
     let identity = agent_identity(&certificate)?;
-    serve_agent(shared, connection, identity, sender, receiver, shutdown).await
+    serve_agent(shared, link, identity, sender, receiver, shutdown).await
 }
 
 /// Without a certificate one message is heard: `Join`.
@@ -120,7 +148,7 @@ async fn serve_stranger(
     let message = tokio::time::timeout(PATIENCE, receiver.receive()).await;
     let answer = match message.map_err(|_| TransportError::Timeout(PATIENCE))?? {
         Some(AgentMessage::Join(join)) => {
-            let joined = access::join(&shared.catalog, &shared.authority.0, &join, SystemTime::now()).await;
+            let joined = access::join(&shared.catalog, &shared.authority.0, &join, clock::now()).await;
             joined.map_err(|e| e.refusal())
         }
         _ => Err(refusal(Reason::Authentication, "this agent shows no certificate: join first")),
@@ -143,20 +171,20 @@ async fn farewell(mut sender: ControlSender<ReceiverMessage>, receiver: &mut Con
 
 async fn serve_agent(
     shared: &Arc<Shared>,
-    connection: &quinn::Connection,
+    link: &Arc<dyn Link>,
     identity: AgentIdentity,
     sender: ControlSender<ReceiverMessage>,
     mut receiver: ControlReceiver<AgentMessage>,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<CloseCode, TransportError> {
     let (out, mut outgoing) = mpsc::channel::<ReceiverMessage>(64);
-    let deaf = connection.clone();
+    let deaf = link.clone();
     let writer = tokio::spawn(async move {
         let mut sender = sender;
         while let Some(message) = outgoing.recv().await {
             // An agent that takes nothing more holds what others could have.
             if !matches!(tokio::time::timeout(SLOWEST_READER, sender.send(&message)).await, Ok(Ok(()))) {
-                deaf.close(quinn::VarInt::from_u32(CloseCode::Done as u32), b"nothing that was sent is read");
+                deaf.close(CloseCode::Done, "nothing that was sent is read");
                 break;
             }
         }
@@ -183,10 +211,10 @@ async fn serve_agent(
             return Ok(end(out, writer, reader, &mut messages, CloseCode::Refused).await);
         }
     };
-    connection.set_receive_window(quinn::VarInt::from_u32(Windows::BLOCKS.receive));
-    let mut session = Session::new(shared.clone(), identity, known, connection.clone(), out.clone(), busy);
+    link.trust();
+    let mut session = Session::new(shared.clone(), identity, known, link.clone(), out.clone(), busy);
     let (stop, stopping) = watch::channel(None);
-    let reason = reason_to_end(shared, &identity, connection, session.superseded(), &mut shutdown);
+    let reason = reason_to_end(shared, &identity, link, session.superseded(), &mut shutdown);
     let result = {
         let mut work = std::pin::pin!(session.work(&mut messages, stopping));
         tokio::select! {
@@ -221,7 +249,7 @@ async fn serve_agent(
 async fn reason_to_end(
     shared: &Shared,
     identity: &AgentIdentity,
-    connection: &quinn::Connection,
+    link: &Arc<dyn Link>,
     superseded: Arc<Notify>,
     shutdown: &mut watch::Receiver<bool>,
 ) -> CloseCode {
@@ -230,13 +258,13 @@ async fn reason_to_end(
         () = stopped(shutdown) => CloseCode::ShuttingDown,
         () = superseded.notified() => CloseCode::Superseded,
         () = revoked(shared, identity) => CloseCode::Revoked,
-        () = gone(connection) => CloseCode::Done,
+        () = gone(&**link) => CloseCode::Done,
     }
 }
 
 /// Waits until the agent has been gone for a while: a commit that it asked for may still succeed.
-async fn gone(connection: &quinn::Connection) {
-    connection.closed().await;
+async fn gone(link: &dyn Link) {
+    link.closed().await;
     tokio::time::sleep(GONE).await;
 }
 
@@ -250,7 +278,7 @@ async fn revoked(shared: &Shared, identity: &AgentIdentity) {
         match tokio::time::timeout(LOOK_UP, access::is_revoked(&shared.catalog, identity.agent)).await {
             Ok(Ok(true)) => return,
             Ok(Ok(false)) => {
-                let seen = access::write_seen(&*shared.catalog.store, identity, SystemTime::now());
+                let seen = access::write_seen(&*shared.catalog.store, identity, clock::now());
                 if !matches!(tokio::time::timeout(LOOK_UP, seen).await, Ok(Ok(()))) {
                     tracing::warn!(agent = %identity.agent, "could not note when the agent was seen");
                 }

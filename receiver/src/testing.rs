@@ -19,11 +19,13 @@ use backhaul_protocol::store::fleet::AgentRole;
 use backhaul_protocol::store::key;
 use backhaul_protocol::store::log::{MachineId, UnixMillis};
 use backhaul_protocol::wire::message::{Commit, CommitVolume, Open, OpenVolume, Opened, Refusal};
+use backhaul_seams::random;
 use bytes::Bytes;
 use tokio::sync::Semaphore;
 
 use crate::access::{TokenRequest, make_token};
 use crate::catalog::Catalog;
+use crate::limits::Limits;
 use crate::round::{GroupState, Round, RoundResources};
 use crate::segment_writer::Budget;
 use crate::store::ObjectStore;
@@ -58,8 +60,12 @@ impl TestGroup {
         };
         make_token(&catalog, [0; 32], request, SystemTime::now()).await.expect("a group");
         let state = GroupState::new(catalog.expect_group(&name).await.expect("a group"));
-        let resources =
-            RoundResources { budget: Budget::new(64 << 20), verifiers: Arc::new(Semaphore::new(2)), segment_size };
+        let resources = RoundResources {
+            budget: Budget::new(64 << 20),
+            verifiers: Arc::new(Semaphore::new(2)),
+            segment_size,
+            limits: Limits::default(),
+        };
         Self {
             catalog,
             name,
@@ -89,9 +95,9 @@ impl TestGroup {
         let held = self.held.clone();
         let (mut round, mut sink, opened, capture, sums) = self.begin(volumes).await?;
         let digest = |slot| sums.volumes.iter().find(|(s, _)| *s == slot).expect("summed up").1;
-        let nonce = WriterNonce(crate::random::bytes());
+        let nonce = WriterNonce(random::bytes());
         let commit = Commit {
-            commit: CommitId(crate::random::bytes()),
+            commit: CommitId(random::bytes()),
             base: opened.head,
             generation: opened.generation,
             nonce,

@@ -20,6 +20,7 @@ use bytes::Bytes;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
+use crate::layers::apply;
 use crate::read_error::ReadError;
 use crate::store::ObjectStore;
 
@@ -275,13 +276,13 @@ impl View {
         let mut any = false;
         for delta in &self.deltas {
             if let Some(row) = delta.row(slot, index).await? {
-                delta.entries(&row).await?.iter().for_each(|e| page.apply(e));
+                delta.entries(&row).await?.iter().for_each(|e| apply(page, e));
                 any = true;
             }
         }
         for loose in &self.loose {
             for e in loose.page(slot, index) {
-                page.apply(&e.entry);
+                apply(page, &e.entry);
                 any = true;
             }
         }
@@ -294,7 +295,7 @@ impl View {
         if let Some(base) = &volume.base
             && let Some(row) = base.row(volume.slot, index).await?
         {
-            base.entries(&row).await?.iter().for_each(|e| page.apply(e));
+            base.entries(&row).await?.iter().for_each(|e| apply(&mut page, e));
         }
         self.apply_changes(volume.slot, &mut page, index).await?;
         Ok(page)

@@ -145,6 +145,7 @@ impl Inside {
             joined: &joined,
             machine: machine_id(&context.config.machine_id_file).expect("it is there"),
             volumes: &volumes,
+            provider: &backhaul_agent::capture::Live,
             threads: 2,
             level: 1,
             when: CommitWhen::Always,

@@ -11,6 +11,7 @@ use backhaul_protocol::wire::message::{AgentMessage, Open, OpenVolume, ReceiverM
 use backhaul_transport::control::{ControlReceiver, ControlSender, greet};
 use backhaul_transport::endpoint::{Endpoint, Windows};
 use backhaul_transport::error::TransportError;
+use backhaul_transport::link::QuicLink;
 use backhaul_transport::tls::{ReceiverTrust, client_config};
 
 use crate::fixture::number;
@@ -121,7 +122,7 @@ pub type Control = (ControlSender<AgentMessage>, ControlReceiver<ReceiverMessage
 impl Connection {
     /// The greeting.
     pub async fn greet(&self) -> Control {
-        greet(&self.0).await.expect("the receiver greets")
+        greet(&*QuicLink::accepted(self.0.clone())).await.expect("the receiver greets")
     }
 
     /// The receiver must close it.

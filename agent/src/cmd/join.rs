@@ -7,15 +7,17 @@ use backhaul_cli::{Exit, Failure, Output};
 use backhaul_protocol::ids::{Name, StateId};
 use backhaul_protocol::session::source::SourceError;
 use backhaul_protocol::store::fleet::AgentRole;
-use backhaul_protocol::wire::message::{AgentMessage, CloseCode, Join, ReceiverMessage};
+use backhaul_protocol::wire::message::{AgentMessage, Join, ReceiverMessage};
+use backhaul_seams::random;
 use backhaul_transport::endpoint::{Endpoint, Windows};
+use backhaul_transport::link::QuicLink;
 use backhaul_transport::tls::{ReceiverTrust, client_config};
 use backhaul_transport::token::JoinToken;
 use clap::Args;
 use serde::Serialize;
 
 use super::Context;
-use crate::connection::{greet, resolve};
+use crate::connection::{Connected, greet, resolve};
 use crate::machine::machine_id;
 use crate::state::Joined;
 
@@ -60,7 +62,7 @@ pub async fn run(args: JoinArgs, ctx: &Context, out: Output) -> anyhow::Result<E
     let endpoint = Endpoint::client(address)?;
     let tls = client_config(ReceiverTrust::Fingerprint(token.fingerprint), None)?;
     let connection = endpoint.connect(address, tls, Windows::BLOCKS).await?;
-    let (mut sender, mut receiver) = greet(&connection).await?;
+    let Connected { link, mut sender, mut receiver } = greet(QuicLink::connected(endpoint, connection)).await?;
     let join = Join {
         secret: token.secret,
         request: key.request()?,
@@ -70,7 +72,7 @@ pub async fn run(args: JoinArgs, ctx: &Context, out: Output) -> anyhow::Result<E
     sender.send(&AgentMessage::Join(join)).await?;
     let answer = receiver.receive().await?;
     sender.finish();
-    endpoint.close(CloseCode::Done, "").await;
+    link.goodbye().await;
     let joined = match answer {
         Some(ReceiverMessage::Joined(joined)) => joined,
         Some(ReceiverMessage::Refused(refusal)) => return Err(refusal.into()),
@@ -83,7 +85,7 @@ pub async fn run(args: JoinArgs, ctx: &Context, out: Output) -> anyhow::Result<E
         group_name: joined.group_name,
         role,
         receiver: ctx.config.receiver.clone().unwrap_or(token.address),
-        state: StateId(uuid::Uuid::now_v7().into_bytes()),
+        state: StateId(random::id()),
     };
     state.write_joined(&mine, &joined.certificates)?;
     let role = match role {

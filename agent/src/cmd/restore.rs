@@ -2,7 +2,7 @@
 
 use backhaul_cli::{Exit, Failure, Output, confirm, text};
 use backhaul_protocol::ids::Name;
-use backhaul_protocol::wire::message::{CloseCode, PointSpec, Reason};
+use backhaul_protocol::wire::message::{PointSpec, Reason};
 use backhaul_volume::target::Durability;
 use clap::{Args, ValueEnum};
 
@@ -100,17 +100,17 @@ async fn attempt(
     out: &Output,
 ) -> Result<(), Attempt> {
     let connected = connect(state, joined, ctx.config.receiver.as_deref()).await;
-    let Connected { endpoint, connection, sender, receiver } = connected.map_err(|e| Attempt::Failed(e.into()))?;
+    let Connected { link, sender, receiver } = connected.map_err(|e| Attempt::Failed(e.into()))?;
     let (control, warn) = ((sender, receiver), |text: &str| out.warn(text));
     if dry_run {
         let planned = plan(control, request, &mut out.progress(2), warn).await;
-        endpoint.close(CloseCode::Done, "").await;
+        link.goodbye().await;
         let planned = planned.map_err(Attempt::Restore)?;
         out.result("backhaul.restore-plan/1", &planned, &planned.to_string());
         return Ok(());
     }
-    let report = restore(&connection, control, request, &mut out.progress(4), warn).await;
-    endpoint.close(CloseCode::Done, "").await;
+    let report = restore(&*link, control, request, &mut out.progress(4), warn).await;
+    link.goodbye().await;
     let report = report.map_err(Attempt::Restore)?;
     if request.durability == Durability::Device && report.verified != "device" {
         out.warn("the target's file system has no device beneath it: what was read back came from memory");

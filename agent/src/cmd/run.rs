@@ -6,10 +6,12 @@ use backhaul_cli::{Exit, Failure, Output, text};
 use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::ids::LogSeq;
 use backhaul_protocol::store::log::UnixMillis;
+use backhaul_seams::random;
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Context;
+use crate::capture::Live;
 use crate::config::EVERY;
 use crate::connection::{Session, SessionError, connect, renewal_is_due};
 use crate::machine::machine_id;
@@ -158,6 +160,7 @@ impl Service<'_> {
             joined: self.joined,
             machine: machine_id(&self.ctx.config.machine_id_file)?,
             volumes: &volumes,
+            provider: &Live,
             threads: self.ctx.config.threads,
             level: self.ctx.config.compression,
             when: match self.last_label {
@@ -197,6 +200,6 @@ impl Service<'_> {
 
 /// Between half and all of it, so that many agents do not come back at the same moment.
 fn jitter(d: Duration) -> Duration {
-    let random = uuid::Uuid::new_v4().as_u128() as u32;
+    let random = random::number();
     d / 2 + d.mul_f64(f64::from(random) / f64::from(u32::MAX) / 2.0)
 }

@@ -6,6 +6,7 @@ use backhaul_cli::{Exit, Output, text};
 use serde::Serialize;
 
 use super::Context;
+use crate::capture::Live;
 use crate::connection::{Session, SessionError, connect};
 use crate::machine::machine_id;
 use crate::protect;
@@ -57,6 +58,7 @@ pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
             joined: &joined,
             machine: machine_id(&ctx.config.machine_id_file)?,
             volumes: &volumes,
+            provider: &Live,
             threads: ctx.config.threads,
             level: ctx.config.compression,
             when: CommitWhen::Always,

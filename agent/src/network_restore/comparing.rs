@@ -9,6 +9,7 @@ use backhaul_cli::Phase;
 use backhaul_protocol::digest::{BlockDigest, RangeDigest};
 use backhaul_protocol::geometry::{BlockIndex, PageIndex};
 use backhaul_protocol::wire::message::{AgentMessage, ReadVolume};
+use backhaul_seams::threads;
 use backhaul_volume::rebuild::{Comparer, Difference, Existing, Found};
 use backhaul_volume::target::{CheckedTarget, Target, TargetError};
 use tokio::task::JoinHandle;
@@ -105,13 +106,13 @@ impl<'a> Comparing<'a> {
 
     fn look(&self, target: impl Existing + 'static, page: PageIndex) -> Looking {
         let (geometry, comparers) = (self.volume.geometry, self.comparers.clone());
-        tokio::task::spawn_blocking(move || {
+        tokio::spawn(threads::blocking(move || {
             let own = lock(&comparers).pop();
             let mut own = own.unwrap_or_else(|| Comparer::new(&target, geometry));
             let found = own.look(&target, page);
             lock(&comparers).push(own);
             found
-        })
+        }))
     }
 
     /// What a look at a page leads to: nothing, zeroes, or a question.

@@ -12,8 +12,9 @@ use backhaul_protocol::ids::{Name, VolumeSlot};
 use backhaul_protocol::record::{HEADER_LEN, RecordBody, RecordError, Verifier, split_record};
 use backhaul_protocol::session::compare::BlockSet;
 use backhaul_protocol::wire::message::ReadVolume;
+use backhaul_seams::threads;
 use backhaul_transport::blocks::RecordReader;
-use backhaul_transport::error::TransportError;
+use backhaul_transport::link::{Link, ReceiveHalf};
 use backhaul_volume::rebuild::BlockWriter;
 use backhaul_volume::target::{Durability, Target};
 use tokio::sync::OwnedSemaphorePermit;
@@ -22,7 +23,7 @@ use tokio::task::JoinSet;
 use super::{RestoreError, lock};
 
 /// Takes block streams until one fails or the connection ends.
-pub(super) async fn take_streams(connection: &quinn::Connection, incoming: Arc<Incoming>) -> RestoreError {
+pub(super) async fn take_streams(link: &dyn Link, incoming: Arc<Incoming>) -> RestoreError {
     let mut streams = JoinSet::new();
     loop {
         tokio::select! {
@@ -32,11 +33,11 @@ pub(super) async fn take_streams(connection: &quinn::Connection, incoming: Arc<I
                     return error;
                 }
             }
-            stream = connection.accept_uni() => match stream {
+            stream = link.accept_blocks() => match stream {
                 Ok(stream) => {
                     streams.spawn(incoming.clone().take(stream));
                 }
-                Err(error) => return TransportError::from(error).into(),
+                Err(error) => return error.into(),
             },
         }
     }
@@ -110,12 +111,12 @@ impl Incoming {
         self.lock().pages.get(&page).is_none_or(|w| w.blocks.len() as u64 == records)
     }
 
-    async fn take(self: Arc<Self>, stream: quinn::RecvStream) -> Result<(), RestoreError> {
+    async fn take(self: Arc<Self>, stream: Box<dyn ReceiveHalf>) -> Result<(), RestoreError> {
         let mut reader = RecordReader::new(stream);
         while let Some(batch) = reader.next_batch().await? {
             let this = self.clone();
             let work = move || this.write_batch(&batch);
-            tokio::task::spawn_blocking(work).await.expect("opening records does not panic")?;
+            threads::blocking(work).await?;
         }
         Ok(())
     }

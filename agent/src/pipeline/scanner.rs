@@ -10,10 +10,13 @@ use backhaul_protocol::geometry::{BlockIndex, Geometry, PageIndex};
 use backhaul_protocol::ids::{CaptureNumber, VolumeSlot};
 use backhaul_protocol::record::{Encoder, encode_zeroes};
 use backhaul_protocol::session::compare::BlockSet;
-use backhaul_volume::scan::{DEVICE_READ, FILE_READ, PageScanner};
+use backhaul_seams::mutant::{Mutant, planted};
+use backhaul_seams::threads::is_simulated;
+use backhaul_volume::scan::PageScanner;
 use backhaul_volume::{Volume, VolumeError};
 use bytes::Bytes;
 use tokio::sync::{Mutex, mpsc};
+use tokio::task::JoinSet;
 
 use crate::tracker::hash_index::{HashIndex, IndexError};
 
@@ -49,13 +52,6 @@ pub struct ScanVolume {
     pub read_len: usize,
     /// Digests as they were last read.
     pub index: HashIndex,
-}
-
-impl ScanVolume {
-    /// How much to read at once.
-    pub fn read_len(is_device: bool) -> usize {
-        if is_device { DEVICE_READ } else { FILE_READ }
-    }
 }
 
 /// What the receiver has of a page.
@@ -114,29 +110,34 @@ pub struct ScanShared {
     pub level: i32,
 }
 
-/// The threads' ends of the queues.
+/// The other ends of the workers' queues.
 pub struct Scanner {
     /// Pages go in here.
     pub jobs: mpsc::Sender<Job>,
     /// And come out here, in about the same order.
     pub scanned: mpsc::Receiver<Result<Vec<Scanned>, ScanError>>,
     shared: Arc<ScanShared>,
-    threads: Vec<std::thread::JoinHandle<()>>,
+    _task: JoinSet<()>,
 }
 
 impl Scanner {
-    /// Starts so many threads; pieces of records go to `records`.
+    /// Starts so many threads; pieces of records go to `records`. In a simulation it is a task.
     pub fn start(threads: usize, shared: Arc<ScanShared>, records: mpsc::Sender<Bytes>) -> std::io::Result<Self> {
-        let (jobs, queue) = mpsc::channel::<Job>(threads);
+        let (jobs, mut queue) = mpsc::channel::<Job>(threads);
         let (done, scanned) = mpsc::channel(threads);
+        let mut task = JoinSet::new();
+        if is_simulated() {
+            let own = shared.clone();
+            task.spawn(async move { work_as_task(&mut queue, &done, &records, &own).await });
+            return Ok(Self { jobs, scanned, shared, _task: task });
+        }
         let queue = Arc::new(Mutex::new(queue));
-        let mut handles = Vec::new();
         for n in 0..threads {
             let (queue, done, records, shared) = (queue.clone(), done.clone(), records.clone(), shared.clone());
             let thread = std::thread::Builder::new().name(format!("scan-{n}"));
-            handles.push(thread.spawn(move || work(&queue, &done, &records, &shared))?);
+            thread.spawn(move || work(&queue, &done, &records, &shared))?;
         }
-        Ok(Self { jobs, scanned, shared, threads: handles })
+        Ok(Self { jobs, scanned, shared, _task: task })
     }
 
     /// Gives the round up: threads end after the piece that they are at.
@@ -151,7 +152,6 @@ impl Drop for Scanner {
         // Closing both queues lets threads that wait for either go on and end; they are not waited for here, since
         // this may be an async task.
         self.scanned.close();
-        self.threads.clear();
     }
 }
 
@@ -161,19 +161,48 @@ fn work(
     records: &mpsc::Sender<Bytes>,
     shared: &ScanShared,
 ) {
-    let mut worker = match Encoder::new(shared.level) {
-        Ok(encoder) => Worker { encoder, scanner: None, piece: Vec::with_capacity(PIECE * 2) },
+    let mut worker = match Worker::new(shared.level) {
+        Ok(worker) => worker,
         Err(e) => {
-            let _ = done.blocking_send(Err(ScanError::Compressor(e)));
+            let _ = done.blocking_send(Err(e));
             return;
         }
     };
+    let mut hand_on = |piece| records.blocking_send(piece).map_err(|_| ScanError::Stopped);
     loop {
         let job = queue.blocking_lock().blocking_recv();
-        let Some(job) = job else { return };
-        let Job { volume, pages } = job;
-        let scanned = pages.into_iter().map(|(page, held)| worker.scan(&volume, page, held, records, shared)).collect();
-        if done.blocking_send(scanned).is_err() {
+        let Some(Job { volume, pages }) = job else { return };
+        let scan = |(page, held)| worker.scan(&volume, page, held, &mut hand_on, shared);
+        if done.blocking_send(pages.into_iter().map(scan).collect()).is_err() {
+            return;
+        }
+    }
+}
+
+/// The same without a thread.
+async fn work_as_task(
+    queue: &mut mpsc::Receiver<Job>,
+    done: &mpsc::Sender<Result<Vec<Scanned>, ScanError>>,
+    records: &mpsc::Sender<Bytes>,
+    shared: &ScanShared,
+) {
+    let mut worker = Worker::new(shared.level).expect("a simulation has memory");
+    while let Some(Job { volume, pages }) = queue.recv().await {
+        let mut scanned = Vec::new();
+        for (page, held) in pages {
+            let mut pieces = Vec::new();
+            let hand_on = &mut |piece| {
+                pieces.push(piece);
+                Ok(())
+            };
+            scanned.push(worker.scan(&volume, page, held, hand_on, shared));
+            for piece in pieces {
+                if records.send(piece).await.is_err() {
+                    return;
+                }
+            }
+        }
+        if done.send(scanned.into_iter().collect()).await.is_err() {
             return;
         }
     }
@@ -186,16 +215,21 @@ struct Worker {
 }
 
 impl Worker {
+    fn new(level: i32) -> Result<Self, ScanError> {
+        let encoder = Encoder::new(level).map_err(ScanError::Compressor)?;
+        Ok(Self { encoder, scanner: None, piece: Vec::with_capacity(PIECE * 2) })
+    }
+
     fn scan(
         &mut self,
         volume: &ScanVolume,
         page: PageIndex,
         held: HeldPage,
-        records: &mpsc::Sender<Bytes>,
+        hand_on: &mut dyn FnMut(Bytes) -> Result<(), ScanError>,
         shared: &ScanShared,
     ) -> Result<Scanned, ScanError> {
         let (held, draft) = match held {
-            HeldPage::AsIndexed => (volume.index.page(page), BlockSet::default()),
+            HeldPage::AsIndexed => (volume.index.page(page)?, BlockSet::default()),
             HeldPage::Zero => (vec![BlockDigest::ZERO; volume.geometry.page_blocks(page)], BlockSet::default()),
             HeldPage::Digests { digests, draft } => (digests, draft),
         };
@@ -214,9 +248,9 @@ impl Worker {
             encoder.encode(volume.slot, block, capture, digest, bytes, piece);
             sent.insert(block.in_page());
             count += 1;
-            if piece.len() >= PIECE { hand_on(piece, records) } else { Ok(()) }
+            if piece.len() >= PIECE { hand_on(full(piece)) } else { Ok(()) }
         })?;
-        let zeroes = zero_runs(&held, &found.digests);
+        let zeroes = if planted(Mutant::ZeroesNotSent) { Vec::new() } else { zero_runs(&held, &found.digests) };
         for (first, run) in zeroes {
             let capture = CaptureNumber(shared.capture.fetch_add(1, Ordering::Relaxed));
             let block = BlockIndex(page.first_block().0 + first as u64);
@@ -225,7 +259,7 @@ impl Worker {
             count += 1;
         }
         if !piece.is_empty() {
-            hand_on(piece, records)?;
+            hand_on(full(piece))?;
         }
         let range = RangeDigest::of(&found.digests);
         volume.index.store(page, range, &found.digests)?;
@@ -242,9 +276,9 @@ impl Worker {
     }
 }
 
-fn hand_on(piece: &mut Vec<u8>, records: &mpsc::Sender<Bytes>) -> Result<(), ScanError> {
-    let full = std::mem::replace(piece, Vec::with_capacity(PIECE * 2));
-    records.blocking_send(Bytes::from(full)).map_err(|_| ScanError::Stopped)
+/// Takes the piece; the next one begins.
+fn full(piece: &mut Vec<u8>) -> Bytes {
+    Bytes::from(std::mem::replace(piece, Vec::with_capacity(PIECE * 2)))
 }
 
 /// Runs of blocks that are zero now and that the receiver has as something else.

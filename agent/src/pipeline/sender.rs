@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use backhaul_transport::error::TransportError;
+use backhaul_transport::link::Link;
 use bytes::Bytes;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
@@ -23,13 +24,13 @@ pub struct Sender {
 
 impl Sender {
     /// Streams are opened when there is something to send.
-    pub fn start(connection: &quinn::Connection) -> Self {
+    pub fn start(link: &Arc<dyn Link>) -> Self {
         let (pieces, queue) = mpsc::channel::<Bytes>(QUEUE);
         let queue = Arc::new(Mutex::new(queue));
         let bytes = Arc::new(AtomicU64::new(0));
         let mut streams = JoinSet::new();
         for _ in 0..STREAMS {
-            streams.spawn(run_stream(connection.clone(), queue.clone(), bytes.clone()));
+            streams.spawn(run_stream(link.clone(), queue.clone(), bytes.clone()));
         }
         Self { pieces, streams, bytes }
     }
@@ -61,7 +62,7 @@ impl Sender {
 }
 
 async fn run_stream(
-    connection: quinn::Connection,
+    link: Arc<dyn Link>,
     queue: Arc<Mutex<mpsc::Receiver<Bytes>>>,
     bytes: Arc<AtomicU64>,
 ) -> Result<(), TransportError> {
@@ -72,14 +73,14 @@ async fn run_stream(
         bytes.fetch_add(piece.len() as u64, Ordering::Relaxed);
         let stream = match &mut stream {
             Some(stream) => stream,
-            none => none.insert(connection.open_uni().await?),
+            none => none.insert(link.open_blocks().await?),
         };
-        if let Err(error) = stream.write_chunk(piece).await {
-            return Err(connection.close_reason().map_or_else(|| error.into(), TransportError::from));
+        if let Err(error) = stream.write(piece).await {
+            return Err(link.close_reason().unwrap_or(error));
         }
     }
     if let Some(mut stream) = stream {
-        let _ = stream.finish();
+        stream.finish();
     }
     Ok(())
 }

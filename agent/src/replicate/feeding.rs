@@ -9,6 +9,8 @@ use backhaul_protocol::digest::RangeDigest;
 use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::session::source::{SourceError, SourceOutput};
 use backhaul_protocol::wire::message::OpenedVolume;
+use backhaul_seams::mutant::{Mutant, planted};
+use backhaul_seams::situation::{Situation, reached};
 
 use super::RoundError;
 use crate::connection::Session;
@@ -63,6 +65,7 @@ impl<'a> Feeder<'a> {
             if held.is_none() {
                 let (machine, now) = session.machine();
                 machine.ask_page(now, volume.opened.slot, page);
+                reached(Situation::PageAsked);
             }
             self.window.push_back((self.next.0, page, held));
         }
@@ -109,7 +112,7 @@ impl<'a> Feeder<'a> {
 impl PlannedVolume {
     /// What the receiver has of the page; `None` if it must be asked.
     fn held(&self, page: PageIndex) -> Option<HeldPage> {
-        if self.opened.draft.contains(page.0) {
+        if self.opened.draft.contains(page.0) && !planted(Mutant::DraftPagesNotAsked) {
             return None;
         }
         match &self.known {

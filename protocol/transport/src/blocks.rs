@@ -1,12 +1,12 @@
 //! Block streams: unidirectional streams that carry block records back to back.
 //!
-//! Read first: [`RecordReader`]. Writing is `quinn::SendStream::write_chunk` of whole records.
+//! Read first: [`RecordReader`]. Writing is [`crate::link::SendHalf::write`] of whole records.
 
 use backhaul_protocol::limits::MAX_BLOCK_SIZE;
 use backhaul_protocol::record::{HEADER_LEN, RecordError, split_record};
-use quinn::RecvStream;
 
 use crate::error::TransportError;
+use crate::link::ReceiveHalf;
 
 /// A batch is handed on at this many bytes: large enough that handing on costs nothing, small enough that several
 /// streams at once stay far below the memory budget. Arbitrary.
@@ -28,13 +28,13 @@ pub enum BlockStreamError {
 
 /// Collects whole records from a stream.
 pub struct RecordReader {
-    stream: RecvStream,
+    stream: Box<dyn ReceiveHalf>,
     pending: Vec<u8>,
 }
 
 impl RecordReader {
     /// From a stream's first byte.
-    pub fn new(stream: RecvStream) -> Self {
+    pub fn new(stream: Box<dyn ReceiveHalf>) -> Self {
         Self { stream, pending: Vec::new() }
     }
 
@@ -51,15 +51,15 @@ impl RecordReader {
             }
             // What has arrived is taken without waiting; only an empty hand waits.
             let chunk = if whole > 0 {
-                match poll_once(self.stream.read_chunk(BATCH, true)).await {
+                match poll_once(self.stream.read(BATCH)).await {
                     Some(chunk) => chunk,
                     None => return Ok(Some(self.take(whole))),
                 }
             } else {
-                self.stream.read_chunk(BATCH, true).await
+                self.stream.read(BATCH).await
             };
-            match chunk.map_err(TransportError::from)? {
-                Some(chunk) => self.pending.extend_from_slice(&chunk.bytes),
+            match chunk? {
+                Some(bytes) => self.pending.extend_from_slice(&bytes),
                 None if whole > 0 => return Ok(Some(self.take(whole))),
                 None if self.pending.is_empty() => return Ok(None),
                 None => return Err(BlockStreamError::Cut),

@@ -198,11 +198,6 @@ impl HmacKey for ResetKey {
     }
 }
 
-/// Closes a connection with a reason that the other side can show.
-pub fn close(connection: &quinn::Connection, code: CloseCode, text: &str) {
-    connection.close(VarInt::from_u32(code as u32), text.as_bytes());
-}
-
 fn transport(windows: Windows, server: bool) -> TransportConfig {
     let mut config = TransportConfig::default();
     let mut mtu = quinn::MtuDiscoveryConfig::default();

@@ -113,12 +113,3 @@ impl From<quinn::ReadError> for TransportError {
         }
     }
 }
-
-impl From<quinn::ReadExactError> for TransportError {
-    fn from(error: quinn::ReadExactError) -> Self {
-        match error {
-            quinn::ReadExactError::ReadError(read) => read.into(),
-            quinn::ReadExactError::FinishedEarly(_) => Self::Stream("finished in the middle of a message".into()),
-        }
-    }
-}

@@ -6,6 +6,7 @@ use backhaul_cli::{Exit, Failure, Output};
 use backhaul_protocol::ids::RepositoryId;
 use backhaul_protocol::store::checkpoint::{Sharing, StoreFormat};
 use backhaul_protocol::store::key;
+use backhaul_seams::random;
 use bytes::Bytes;
 use serde::Serialize;
 
@@ -86,7 +87,7 @@ pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
 }
 
 async fn create_format(store: &Arc<dyn ObjectStore>, sharing: Sharing) -> anyhow::Result<()> {
-    let repository = RepositoryId(uuid::Uuid::now_v7().into_bytes());
+    let repository = RepositoryId(random::id());
     let bytes = StoreFormat { repository, sharing }.to_bytes();
     match store.put_new(&key::format(), Bytes::from(bytes)).await {
         // Somebody else ran `init` at the same time: one store all the same.

@@ -9,6 +9,9 @@ use backhaul_protocol::digest::{ObjectDigest, RangeDigest};
 use backhaul_protocol::ids::{CaptureNumber, VolumeSlot};
 use backhaul_protocol::session::sink::GroupHead;
 use backhaul_protocol::store::segment::DraftBinding;
+use backhaul_seams::random;
+
+use backhaul_seams::situation::{Situation, reached};
 
 use crate::catalog::GroupLog;
 use crate::draft::{Draft, end_of_captures};
@@ -62,6 +65,7 @@ impl GroupState {
         if let Some(known) = &self.known {
             let next = known.head.record.seq.next();
             if self.log.read(next).await?.is_some() {
+                reached(Situation::KnownHeadWasOld);
                 self.known = None;
             }
         }
@@ -90,6 +94,9 @@ impl KnownHead {
                     segments.retain(|s| s.id != hole.id);
                 }
                 is_mending = !holes.is_empty();
+                if is_mending {
+                    reached(Situation::Mending);
+                }
                 Layers { view, segments }
             }
             None => Layers { view: View::default(), segments: Vec::new() },
@@ -98,7 +105,7 @@ impl KnownHead {
         let binding = DraftBinding { group: log.group(), base_commit: head.record.commit };
         let draft = Draft::recover(log.store(), log.keys(), binding, generation, seq, head.max_capture()).await?;
         let end_capture = end_of_captures(head.max_capture().max(draft.max_capture));
-        let ids = Arc::new(Mutex::new(IdSource::new(seq, generation, crate::random::number())));
+        let ids = Arc::new(Mutex::new(IdSource::new(seq, generation, random::number())));
         Ok(Self { head, hash, layers, ranges: BTreeMap::new(), is_mending, draft, ids, end_capture })
     }
 }

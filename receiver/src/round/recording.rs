@@ -8,16 +8,19 @@ use std::sync::{Arc, Mutex};
 use backhaul_protocol::consistency::Checked;
 use backhaul_protocol::digest::{ObjectDigest, RangeDigest};
 use backhaul_protocol::ids::{CaptureNumber, LogSeq, VolumeSlot};
-use backhaul_protocol::limits::CHECKPOINT_INTERVAL;
 use backhaul_protocol::session::sink::{Approved, GroupHead, Taken};
 use backhaul_protocol::store::log::{Body, PointBody, PointVolume, Record, UnixMillis};
 use backhaul_protocol::store::segment::DraftBinding;
+use backhaul_seams::random;
 
 use super::Round;
 use super::group_state::{GroupState, KnownHead};
+use backhaul_seams::mutant::{Mutant, planted};
+
 use crate::catalog::GroupLog;
 use crate::draft::{Draft, end_of_captures};
 use crate::fold::{self, Layers};
+use crate::limits::Limits;
 use crate::object_ids::IdSource;
 use crate::read_error::ReadError;
 use crate::view::Loose;
@@ -62,7 +65,7 @@ impl Round {
             delta_stored,
             agent: peer,
             machine: taken.machine,
-            next_slot,
+            next_slot: if planted(Mutant::SlotUsedAgain) { VolumeSlot::default() } else { next_slot },
             volumes: volumes.collect(),
             deltas: layers.view.deltas.iter().map(|d| d.reference).collect(),
             segments: layers.segments.clone(),
@@ -122,18 +125,18 @@ impl Round {
             is_mending: false,
             draft: Draft::empty(binding),
             end_capture,
-            ids: Arc::new(Mutex::new(IdSource::new(seq, generation, crate::random::number()))),
+            ids: Arc::new(Mutex::new(IdSource::new(seq, generation, random::number()))),
         });
         Ok(())
     }
 }
 
 /// Work after a commit that nobody waits for: the hint, and a checkpoint where one is due.
-pub async fn after_commit(log: &GroupLog, seq: LogSeq, hint: bool) {
+pub async fn after_commit(log: &GroupLog, seq: LogSeq, hint: bool, limits: Limits) {
     if hint && let Err(error) = log.write_hint(seq).await {
         tracing::warn!(%error, "could not write the head hint; readers probe a little longer");
     }
-    if seq.0.is_multiple_of(CHECKPOINT_INTERVAL)
+    if seq.0.is_multiple_of(limits.checkpoint_interval)
         && let Err(error) = log.write_checkpoint(seq).await
     {
         tracing::warn!(%error, "could not write a checkpoint; lists of points read more of the log");

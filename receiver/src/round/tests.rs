@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::{LATE, Late, wait_for};
 use crate::fold::FoldTarget;
 use crate::ingest::Progress;
+use crate::limits::Limits;
 use crate::object_ids::IdSource;
 use crate::store::fault::{Fault, FaultStore, When};
 use crate::store::mem::MemStore;
@@ -156,7 +157,7 @@ async fn a_draft_is_found_again_without_reading_its_pages() {
     let exact = known.draft.max_capture;
     let geometry = Geometry::new(BLOCK, bytes.len() as u64).expect("legal");
     let volumes = vec![(VolumeSlot(0), geometry)];
-    let target = FoldTarget { store: store_of, keys, binding: known.draft.binding, volumes };
+    let target = FoldTarget { store: store_of, keys, binding: known.draft.binding, volumes, limits: Limits::default() };
     let mut ids = IdSource::new(LogSeq(0), Generation(1), 77);
     known.draft.fold(&target, &mut ids).await.expect("it folds");
     let pages = known.draft.pages().await.expect("readable");

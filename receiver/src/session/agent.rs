@@ -3,14 +3,18 @@
 //! Read first: [`Session::handle`].
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::ids::VolumeSlot;
 use backhaul_protocol::session::sink::{Peer, Sink};
 use backhaul_protocol::store::fleet::AgentRole;
 use backhaul_protocol::wire::message::{AgentMessage, CloseCode, Commit, Open, Reason, ReceiverMessage, Refusal};
+use backhaul_seams::clock;
+use backhaul_seams::mutant::{Mutant, planted};
+use backhaul_seams::situation::{Situation, reached};
 use backhaul_transport::error::TransportError;
+use backhaul_transport::link::{Link, ReceiveHalf};
 use backhaul_transport::tls::AgentIdentity;
 use tokio::sync::{Notify, OwnedMutexGuard, mpsc, watch};
 use tokio::task::JoinSet;
@@ -57,7 +61,7 @@ pub(super) struct Session {
     superseded: Arc<Notify>,
     out: mpsc::Sender<ReceiverMessage>,
     busy: Busy,
-    connection: quinn::Connection,
+    link: Arc<dyn Link>,
     streams: JoinSet<()>,
     // The last: nobody may get another state of the group while this session still has one.
     slot: SlotInUse,
@@ -77,7 +81,7 @@ impl Session {
         shared: Arc<Shared>,
         identity: AgentIdentity,
         peer: Peer,
-        connection: quinn::Connection,
+        link: Arc<dyn Link>,
         out: mpsc::Sender<ReceiverMessage>,
         busy: Busy,
     ) -> Self {
@@ -90,7 +94,7 @@ impl Session {
             superseded: Arc::new(Notify::new()),
             out,
             busy,
-            connection,
+            link,
             streams: JoinSet::new(),
         }
     }
@@ -109,7 +113,7 @@ impl Session {
     ) -> Result<CloseCode, TransportError> {
         let mut absorb = tokio::time::interval(ABSORB_INTERVAL);
         absorb.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let connection = self.connection.clone();
+        let link = self.link.clone();
         loop {
             let done = tokio::select! {
                 biased;
@@ -122,7 +126,7 @@ impl Session {
                     Some(Ok(None)) | None => return Ok(CloseCode::Done),
                     Some(Err(error)) => return Err(error),
                 },
-                stream = connection.accept_uni() => {
+                stream = link.accept_blocks() => {
                     self.take_stream(stream?);
                     Ok(())
                 }
@@ -146,7 +150,7 @@ impl Session {
     }
 
     fn expired(&self) -> bool {
-        unix_millis(SystemTime::now()) >= self.identity.not_after
+        unix_millis(clock::now()) >= self.identity.not_after
     }
 
     async fn handle(&mut self, message: AgentMessage) -> Result<(), Refusal> {
@@ -157,7 +161,7 @@ impl Session {
             AgentMessage::Join(_) => Err(refusal(Reason::Protocol, "this agent has joined already")),
             AgentMessage::Renew { request } => {
                 let (catalog, authority) = (&self.shared.catalog, &self.shared.authority.0);
-                let renewed = access::renew(catalog, authority, &self.identity, &request, SystemTime::now()).await;
+                let renewed = access::renew(catalog, authority, &self.identity, &request, clock::now()).await;
                 let certificates = renewed.map_err(|e| e.refusal())?;
                 self.reply(ReceiverMessage::Renewed { certificates }).await;
                 Ok(())
@@ -166,7 +170,7 @@ impl Session {
             AgentMessage::OpenRead(open) => {
                 self.leave().await;
                 let log = self.shared.catalog.log(self.identity.group);
-                let (reading, opened) = Reading::open(log, open.point, self.connection.clone(), self.out.clone())
+                let (reading, opened) = Reading::open(log, open.point, self.link.clone(), self.out.clone())
                     .await
                     .map_err(|e| e.refusal())?;
                 self.mode = Mode::Reading(reading);
@@ -189,7 +193,7 @@ impl Session {
     }
 
     async fn note_seen(&self) {
-        if let Err(error) = access::write_seen(&*self.shared.catalog.store, &self.identity, SystemTime::now()).await {
+        if let Err(error) = access::write_seen(&*self.shared.catalog.store, &self.identity, clock::now()).await {
             tracing::warn!(%error, "could not note when the agent was seen");
         }
     }
@@ -220,6 +224,7 @@ impl Session {
         }
         let (head, _) = self.shared.catalog.log(self.identity.group).head().await.map_err(|e| e.refusal())?;
         Sink::new(self.sink.peer()).open(&head, open)?;
+        reached(Situation::TakenOver);
         let writers = self.slot.take_over(self.superseded.clone());
         let wait = tokio::time::timeout(Duration::from_secs(20), self.slot.state.clone().lock_owned());
         let busy = |_| refusal(Reason::Busy, "an older session of this group is still finishing a commit: come again");
@@ -265,15 +270,13 @@ impl Session {
         Ok(())
     }
 
-    fn take_stream(&mut self, mut stream: quinn::RecvStream) {
+    fn take_stream(&mut self, mut stream: Box<dyn ReceiveHalf>) {
         match &self.mode {
             Mode::Writing { round, .. } => {
                 self.streams.spawn(round.ingest.clone().run_stream(stream));
             }
             // A stream of a round that is over, or of none: its records belong nowhere.
-            _ => {
-                let _ = stream.stop(quinn::VarInt::from_u32(CloseCode::Protocol as u32));
-            }
+            _ => stream.stop(),
         }
     }
 
@@ -293,15 +296,15 @@ impl Session {
             return Err(refusal(Reason::Protocol, "`Commit` without `Open`"));
         };
         // The last streams may not have been accepted yet: they are, while the commit waits for their records.
-        let (connection, ingest) = (self.connection.clone(), round.ingest.clone());
+        let (link, ingest) = (self.link.clone(), round.ingest.clone());
         let accept = async {
             let mut streams = JoinSet::new();
-            while let Ok(stream) = connection.accept_uni().await {
+            while let Ok(stream) = link.accept_blocks().await {
                 streams.spawn(ingest.clone().run_stream(stream));
             }
             std::future::pending::<()>().await;
         };
-        let now = || unix_millis(SystemTime::now());
+        let now = || unix_millis(clock::now());
         let committed = tokio::select! {
             biased;
             committed = round.commit(&mut held.state, &mut self.sink, self.identity.agent, commit, now) => committed,
@@ -310,13 +313,17 @@ impl Session {
         // What still comes on the streams of the round belongs nowhere, and would be kept for nobody.
         self.streams.shutdown().await;
         // Where it failed, whatever was thought to be known may be why: the next round reads it from the store again.
+        if planted(Mutant::StateKeptAfterFailure) {
+            held.is_true = true;
+        }
         let committed = committed?;
         held.is_true = true;
         let (log, hint) = (held.state.log().clone(), self.slot.hint_is_due());
         drop(held);
         self.reply(ReceiverMessage::Committed(committed)).await;
         tracing::info!(group = %log.group(), point = committed.seq.0, "committed");
-        tokio::spawn(async move { after_commit(&log, committed.seq, hint).await });
+        let limits = self.shared.settings.limits;
+        tokio::spawn(async move { after_commit(&log, committed.seq, hint, limits).await });
         Ok(())
     }
 

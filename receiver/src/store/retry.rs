@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use async_trait::async_trait;
 use backhaul_protocol::store::key::ObjectKey;
+use backhaul_seams::situation::{Situation, reached};
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use bytes::Bytes;
 use tokio::time::{Duration, Instant};
@@ -77,7 +78,10 @@ impl<S: ObjectStore> Retrying<S> {
     /// The object is there after an attempt of ours that had no clear answer: did that attempt make it?
     async fn ours(&self, key: &ObjectKey, body: &Bytes, exists: StoreError) -> Result<(), StoreError> {
         match self.get(key, body.len()).await {
-            Ok(found) if found == body => Ok(()),
+            Ok(found) if found == body => {
+                reached(Situation::OwnWriteFound);
+                Ok(())
+            }
             Ok(_) => Err(exists),
             // Longer than ours.
             Err(error) if error.kind() == Kind::Corrupt => Err(exists),
@@ -136,6 +140,7 @@ impl Tries {
     /// Waits before the next attempt, or gives the error back when there is no time for one.
     async fn pause(&mut self, error: StoreError) -> Result<(), StoreError> {
         self.failed += 1;
+        reached(Situation::StoreRetried);
         let took = self.start.elapsed();
         let pause = self.pauses.next().unwrap_or(self.total);
         if took + pause >= self.total {
