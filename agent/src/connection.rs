@@ -115,13 +115,21 @@ pub fn renewal_is_due(state: &StateDir) -> Result<bool, SessionError> {
 }
 
 async fn connect_once(state: &StateDir, address: &str) -> Result<Connected, SessionError> {
+    let address = resolve(address).await?;
+    connect_from(Endpoint::client(address)?, state, address).await
+}
+
+/// Connects from an endpoint that is given, as the agent that joined.
+pub async fn connect_from(
+    endpoint: Endpoint,
+    state: &StateDir,
+    address: SocketAddr,
+) -> Result<Connected, SessionError> {
     let chain = state.chain()?;
     let key = state.ensure_key()?;
     let authority = chain.last().cloned().ok_or(TlsError::NotAnAgent)?;
     // Only the own certificate is sent: the receiver has the authority's.
     let tls = client_config(ReceiverTrust::Authority(authority), Some((chain[..1].to_vec(), &key)))?;
-    let address = resolve(address).await?;
-    let endpoint = Endpoint::client(address)?;
     let connection = first_answer(|| endpoint.connect(address, tls.clone(), Windows::BLOCKS)).await?;
     Ok(greet(QuicLink::connected(endpoint, connection)).await?)
 }

@@ -103,7 +103,7 @@ impl Restoring {
             progress(plan.sums.equal + lost_bytes);
             if !plan.zero.is_empty() {
                 let target = self.target.clone();
-                zeroing.spawn_blocking(move || zero(&target, &plan.zero));
+                zeroing.spawn(threads::blocking(move || zero(&target, &plan.zero)));
             }
             for read in plan.reads {
                 fetcher.start(read).await;
@@ -238,8 +238,7 @@ impl Restoring {
     ) -> Result<Verified, RestoreError> {
         let (target, geometry, durability) = (self.target.clone(), self.volume.geometry, self.durability);
         let threads = self.threads.available_permits();
-        let read = tokio::task::spawn_blocking(move || verify_all(&target, geometry, durability, threads, &progress));
-        let read = read.await.expect("verifying does not panic")?;
+        let read = threads::blocking(move || verify_all(&target, geometry, durability, threads, &progress)).await?;
         let mut ranges = Vec::new();
         let is_gone = |page: &PageIndex| is_inside(gone, &page_range(geometry, *page));
         let mut explained = 0;

@@ -13,7 +13,7 @@ use backhaul_protocol::store::checkpoint::Sharing;
 use backhaul_protocol::wire::message::CloseCode;
 use backhaul_seams::clock;
 use backhaul_transport::authority::Authority;
-use backhaul_transport::endpoint::{Endpoint, Windows};
+use backhaul_transport::endpoint::{Endpoint, Medium, Serving, Windows};
 use backhaul_transport::error::TransportError;
 use backhaul_transport::tls::server_config;
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, watch};
@@ -86,6 +86,9 @@ const HINT_INTERVAL: Duration = Duration::from_secs(30);
 struct Writer {
     /// Told when a newer one comes.
     superseded: Option<Arc<Notify>>,
+    /// The session that has the group's state, from before it is known whether it may write: told too, or one that waits
+    /// for the store would keep everybody out for as long as it waits.
+    holder: Option<Arc<Notify>>,
     /// How many there were.
     count: u64,
 }
@@ -100,11 +103,16 @@ impl GroupSlot {
     pub fn take_over(&self, own: Arc<Notify>) -> u64 {
         let mut writer = lock(&self.writer);
         writer.count += 1;
-        let older = writer.superseded.replace(own.clone());
-        if let Some(older) = older.filter(|o| !Arc::ptr_eq(o, &own)) {
+        let (older, holder) = (writer.superseded.replace(own.clone()), writer.holder.take());
+        for older in [older, holder].into_iter().flatten().filter(|o| !Arc::ptr_eq(o, &own)) {
             older.notify_one();
         }
         writer.count
+    }
+
+    /// This session has the group's state now.
+    pub fn hold(&self, own: Arc<Notify>) {
+        lock(&self.writer).holder = Some(own);
     }
 
     /// The same, unless there was a newer one since there were so many: an older session must not end it.
@@ -249,6 +257,12 @@ fn reset_key(authority: &Authority) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
+fn serving(authority: &Authority) -> Result<Serving, TransportError> {
+    let own = authority.issue_receiver(clock::now())?;
+    let tls = server_config(authority, own)?;
+    Ok(Serving { tls, windows: Windows::UNKNOWN_PEER, reset_key: reset_key(authority) })
+}
+
 /// A receiver that listens.
 pub struct Server {
     endpoint: Endpoint,
@@ -258,13 +272,26 @@ pub struct Server {
 impl Server {
     /// Binds the socket.
     pub fn bind(catalog: Catalog, authority: Authority, settings: ServerSettings) -> Result<Self, TransportError> {
-        let own = authority.issue_receiver(clock::now())?;
-        let tls = server_config(&authority, own)?;
-        let endpoint = Endpoint::server(settings.listen, tls, Windows::UNKNOWN_PEER, reset_key(&authority))?;
+        let endpoint = Endpoint::server(settings.listen, serving(&authority)?)?;
+        Ok(Self::with_endpoint(endpoint, catalog, authority, settings))
+    }
+
+    /// Over a medium that is given.
+    pub fn over(
+        medium: Medium,
+        catalog: Catalog,
+        authority: Authority,
+        settings: ServerSettings,
+    ) -> Result<Self, TransportError> {
+        let endpoint = Endpoint::over(medium, Some(serving(&authority)?))?;
+        Ok(Self::with_endpoint(endpoint, catalog, authority, settings))
+    }
+
+    fn with_endpoint(endpoint: Endpoint, catalog: Catalog, authority: Authority, settings: ServerSettings) -> Self {
         if catalog.format.sharing == Sharing::OneReceiver {
             tracing::warn!("this store has no atomic conditional write: never run a second receiver on it");
         }
-        Ok(Self { endpoint, shared: Shared::new(catalog, authority, settings) })
+        Self { endpoint, shared: Shared::new(catalog, authority, settings) }
     }
 
     /// The address that it is bound to.

@@ -314,6 +314,8 @@ fn assign_slots(head: &GroupHead, offers: &[OpenVolume]) -> Result<(Vec<TakenVol
         return refuse(Reason::Protocol, "no volumes, too many, or the same one twice");
     }
     let mut next_slot = head.next_slot();
+    // Whom the operator made the writer may have been restored from an old image, volumes and all.
+    let adopted = matches!(head.record.body, Body::Promote(_));
     let mut slots = BTreeMap::new();
     // By id, so that the same volumes get the same slots when a draft is taken up again.
     let mut sorted: Vec<_> = offers.iter().collect();
@@ -321,7 +323,7 @@ fn assign_slots(head: &GroupHead, offers: &[OpenVolume]) -> Result<(Vec<TakenVol
     for offer in sorted {
         let known = head.volumes().iter().find(|v| v.id == offer.id);
         if let Some(v) = known {
-            if offer.incarnation < v.incarnation {
+            if offer.incarnation < v.incarnation && !adopted {
                 let text =
                     format!("volume {}: incarnation {} is older than {}", offer.name, offer.incarnation, v.incarnation);
                 return refuse(Reason::Volume, text);

@@ -60,24 +60,31 @@ pub struct Endpoint {
     inner: quinn::Endpoint,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
-    runtime: Handle,
+}
+
+/// What a server's endpoint needs.
+pub struct Serving {
+    /// Keys and certificates.
+    pub tls: rustls::ServerConfig,
+    /// For whoever connects.
+    pub windows: Windows,
+    /// The same at every start and no other receiver's: by it a receiver that was killed and started again tells agents
+    /// at their next packet that it knows nothing of their connections.
+    pub reset_key: [u8; 32],
+}
+
+/// Where an endpoint's packets go, and what drives it, where that is not the kernel and a thread: in a simulation.
+pub struct Medium {
+    /// Packets.
+    pub socket: Arc<dyn AsyncUdpSocket>,
+    /// Timers and tasks.
+    pub runtime: Arc<dyn Runtime>,
 }
 
 impl Endpoint {
-    /// Listens on `address`. `reset_key` is the same at every start and no other receiver's: by it a receiver that was
-    /// killed and started again tells agents at their next packet that it knows nothing of their connections.
-    pub fn server(
-        address: SocketAddr,
-        tls: rustls::ServerConfig,
-        windows: Windows,
-        reset_key: [u8; 32],
-    ) -> Result<Self, TransportError> {
-        let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(tls)
-            .map_err(|_| crate::tls::TlsError::Pem("no TLS 1.3 cipher"))?;
-        let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-        config.transport_config(Arc::new(transport(windows, true)));
-        config.max_incoming(64);
-        Self::start(address, Some((config, ResetKey(reset_key))))
+    /// Listens on `address`.
+    pub fn server(address: SocketAddr, serving: Serving) -> Result<Self, TransportError> {
+        Self::start(address, Some(serving))
     }
 
     /// Any free port, of the same address family as the receiver's address.
@@ -89,19 +96,21 @@ impl Endpoint {
         Self::start(any, None)
     }
 
-    fn start(address: SocketAddr, server: Option<(quinn::ServerConfig, ResetKey)>) -> Result<Self, TransportError> {
+    /// Over a medium that is given; a server if it gets what one needs.
+    pub fn over(medium: Medium, serving: Option<Serving>) -> Result<Self, TransportError> {
+        let (config, server) = configure(serving)?;
+        let address = medium.socket.local_addr().unwrap_or((Ipv4Addr::UNSPECIFIED, 0).into());
+        let inner = quinn::Endpoint::new_with_abstract_socket(config, server, medium.socket, medium.runtime);
+        Ok(Self { inner: inner.map_err(|cause| TransportError::Bind { address, cause })?, stop: None, thread: None })
+    }
+
+    fn start(address: SocketAddr, serving: Option<Serving>) -> Result<Self, TransportError> {
         let failed = |cause| TransportError::Bind { address, cause };
+        let (config, server) = configure(serving)?;
         let socket = UdpSocket::bind(address).map_err(failed)?;
         enlarge_buffers(&socket);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
-        let handle = runtime.handle().clone();
-        let mut config = match &server {
-            Some((_, key)) => key.endpoint_config(),
-            None => quinn::EndpointConfig::default(),
-        };
-        let server = server.map(|(config, _)| config);
-        config.max_udp_payload_size(MAX_PACKET).map_err(|e| failed(io::Error::other(e)))?;
-        let on_thread = Arc::new(OnThread(handle.clone()));
+        let on_thread = Arc::new(OnThread(runtime.handle().clone()));
         let inner = quinn::Endpoint::new(config, server, socket, on_thread).map_err(failed)?;
         let own = inner.clone();
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -117,7 +126,7 @@ impl Endpoint {
                 runtime.shutdown_background();
             })
             .map_err(failed)?;
-        Ok(Self { inner, stop: Some(stop), thread: Some(thread), runtime: handle })
+        Ok(Self { inner, stop: Some(stop), thread: Some(thread) })
     }
 
     /// The address that it is bound to.
@@ -128,11 +137,6 @@ impl Endpoint {
     /// The next connection attempt; `None` once closed.
     pub async fn accept(&self) -> Option<quinn::Incoming> {
         self.inner.accept().await
-    }
-
-    /// Connections that are open.
-    pub fn open_connections(&self) -> usize {
-        self.inner.open_connections()
     }
 
     /// Connects to a receiver.
@@ -155,11 +159,6 @@ impl Endpoint {
         self.inner.close(VarInt::from_u32(code as u32), text.as_bytes());
         let _ = tokio::time::timeout(GOODBYE, self.inner.wait_idle()).await;
     }
-
-    /// The runtime of the endpoint's thread: for what must not be kept waiting.
-    pub fn runtime(&self) -> &Handle {
-        &self.runtime
-    }
 }
 
 impl Drop for Endpoint {
@@ -169,6 +168,22 @@ impl Drop for Endpoint {
             let _ = thread.join();
         }
     }
+}
+
+fn configure(serving: Option<Serving>) -> Result<(quinn::EndpointConfig, Option<quinn::ServerConfig>), TransportError> {
+    let mut config = match &serving {
+        Some(serving) => ResetKey(serving.reset_key).endpoint_config(),
+        None => quinn::EndpointConfig::default(),
+    };
+    let too_large = |_| TransportError::Stream("a packet size that QUIC does not allow".into());
+    config.max_udp_payload_size(MAX_PACKET).map_err(too_large)?;
+    let Some(serving) = serving else { return Ok((config, None)) };
+    let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(serving.tls)
+        .map_err(|_| crate::tls::TlsError::Pem("no TLS 1.3 cipher"))?;
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    server.transport_config(Arc::new(transport(serving.windows, true)));
+    server.max_incoming(64);
+    Ok((config, Some(server)))
 }
 
 /// Signs stateless resets: it must outlive the process, or the reset of a receiver that was started again is not

@@ -204,6 +204,7 @@ impl Session {
         }
         self.leave().await;
         let (state, writers) = self.group_state(&open).await?;
+        self.slot.hold(self.superseded.clone());
         let mut held = Held { state, is_true: false };
         let (round, opened) = Round::open(&mut held.state, &mut self.sink, &open, &self.shared.resources).await?;
         if !self.slot.take_over_at(writers, self.superseded.clone()) {

@@ -1,0 +1,132 @@
+//! What a history must not forget: what agents offered, what they were told, what was violated, which situations were
+//! reached, and a digest of everything that happened in its order.
+//!
+//! Read first: [`Ledger`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Arguments;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use backhaul_protocol::ids::{CommitId, GroupId, LogSeq, VolumeId, WriterNonce};
+use backhaul_protocol::store::log::MachineId;
+use tokio::time::Instant;
+
+use crate::disk::Snapshot;
+
+/// What an agent asked to be made a point.
+#[derive(Clone, Debug)]
+pub struct Offer {
+    /// Which agent, by its number in the history.
+    pub node: usize,
+    /// In which group.
+    pub group: GroupId,
+    /// What each volume held.
+    pub volumes: Vec<(VolumeId, Snapshot)>,
+    /// What the agent showed when it opened the round.
+    pub shown: Shown,
+}
+
+/// What an agent shows of itself.
+#[derive(Clone, Debug, Default)]
+pub struct Shown {
+    /// Its nonces.
+    pub nonces: Vec<WriterNonce>,
+    /// Its machine.
+    pub machine: Option<MachineId>,
+    /// The newest point that it saw committed.
+    pub high_water: LogSeq,
+}
+
+/// The ledger of one history.
+#[derive(Debug)]
+pub struct Ledger(Mutex<Inner>, Instant);
+
+#[derive(Debug)]
+struct Inner {
+    offers: BTreeMap<CommitId, Offer>,
+    acked: BTreeMap<(GroupId, LogSeq), CommitId>,
+    violations: Vec<String>,
+    counts: BTreeMap<&'static str, u64>,
+    hasher: blake3::Hasher,
+    lines: Option<Vec<String>>,
+}
+
+impl Ledger {
+    /// Empty. `keep` keeps every line of the trace.
+    pub fn new(keep: bool) -> Self {
+        let inner = Inner {
+            offers: BTreeMap::new(),
+            acked: BTreeMap::new(),
+            violations: Vec::new(),
+            counts: BTreeMap::new(),
+            hasher: blake3::Hasher::new(),
+            lines: keep.then(Vec::new),
+        };
+        Self(Mutex::new(inner), Instant::now())
+    }
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    /// Something happened.
+    pub fn trace(&self, what: Arguments<'_>) {
+        let line = format!("{:>9} {what}", self.1.elapsed().as_millis());
+        let mut inner = self.lock();
+        inner.hasher.update(line.as_bytes());
+        if let Some(lines) = &mut inner.lines {
+            lines.push(line);
+        }
+    }
+    /// An invariant does not hold.
+    pub fn violation(&self, invariant: &str, what: Arguments<'_>) {
+        self.trace(format_args!("VIOLATION {invariant}: {what}"));
+        self.lock().violations.push(format!("{invariant}: {what}"));
+    }
+    /// A situation was reached.
+    pub fn count(&self, situation: &'static str) {
+        *self.lock().counts.entry(situation).or_default() += 1;
+    }
+    /// An agent asks for a commit.
+    pub fn offer(&self, commit: CommitId, offer: Offer) {
+        self.lock().offers.insert(commit, offer);
+    }
+    /// What was offered under this id.
+    pub fn offered(&self, commit: CommitId) -> Option<Offer> {
+        self.lock().offers.get(&commit).cloned()
+    }
+    /// An agent was told that its point exists.
+    pub fn acked(&self, group: GroupId, seq: LogSeq, commit: CommitId) {
+        let before = self.lock().acked.insert((group, seq), commit);
+        if let Some(before) = before.filter(|b| *b != commit) {
+            self.violation("I4", format_args!("point {seq} was acknowledged as {before} and as {commit}"));
+        }
+    }
+    /// Every acknowledged point of a group.
+    pub fn all_acked(&self, group: GroupId) -> BTreeMap<LogSeq, CommitId> {
+        let inner = self.lock();
+        inner.acked.iter().filter(|((g, _), _)| *g == group).map(|((_, s), c)| (*s, *c)).collect()
+    }
+    /// Points that are gone because an operator wanted it.
+    pub fn forget_acked(&self, group: GroupId, keep: impl Fn(LogSeq) -> bool) {
+        self.lock().acked.retain(|(g, s), _| *g != group || keep(*s));
+    }
+    /// What does not hold.
+    pub fn violations(&self) -> Vec<String> {
+        self.lock().violations.clone()
+    }
+    /// How often each situation was reached.
+    pub fn counts(&self) -> BTreeMap<&'static str, u64> {
+        self.lock().counts.clone()
+    }
+    /// Digest of everything that happened.
+    pub fn digest(&self) -> String {
+        self.lock().hasher.finalize().to_hex()[..16].to_owned()
+    }
+    /// The trace, if it was kept.
+    pub fn lines(&self) -> Vec<String> {
+        self.lock().lines.clone().unwrap_or_default()
+    }
+    /// Groups with offers.
+    pub fn groups(&self) -> BTreeSet<GroupId> {
+        self.lock().offers.values().map(|o| o.group).collect()
+    }
+}
