@@ -219,6 +219,9 @@ async fn open_draft_map(
     let bytes = store.get_range(key, 0..PAGES_START as u64).await?;
     let (head, reference) = map::read_head(&bytes, size).map_err(ReadError::damaged(key))?;
     let bound = head.binding == binding || planted(Mutant::DraftOfAnotherBase);
+    if !bound {
+        reached(Situation::ForeignDraft);
+    }
     if !bound || head.role != Role::Delta || keys.object_id(key) != Some(head.id) {
         return Ok(None);
     }

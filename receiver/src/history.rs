@@ -109,6 +109,7 @@ impl GroupLog {
         let checkpoints = self.list(&self.keys().checkpoint(LogSeq(0))).await?;
         let extent = self.extent(checkpoints.last().and_then(number_of), &mut history).await?;
         let (mut previous, from) = self.checkpoint(checkpoints, &mut history).await?;
+        let floor = self.readable_floor().await?;
         for numbers in extent.numbers(from).chunks(READ_AHEAD) {
             let mut reads = JoinSet::new();
             for &seq in numbers {
@@ -135,6 +136,10 @@ impl GroupLog {
                 }
             }
         }
+        // What a checkpoint lists may be deleted since, and what lies below the floor does not exist: a writer that
+        // slept may have put it there.
+        history.points.retain(|p| p.seq >= floor);
+        history.unreadable.retain(|(seq, _)| *seq >= floor);
         Ok(history)
     }
 
@@ -248,7 +253,7 @@ impl GroupLog {
             PointSpec::Time(time) => self.history().await?.latest(Some(time))?,
         };
         let Some(seq) = seq else { return Err(self.whole_history().await?.absent(spec)) };
-        let cause = match self.read(seq).await {
+        let cause = match self.read_above_floor(seq).await {
             Ok(Some((record, _))) => match record.point().cloned() {
                 Some(point) => return Ok((record, point)),
                 None => None,
@@ -266,6 +271,14 @@ impl GroupLog {
             }
             None => history.absent(spec),
         })
+    }
+
+    /// The record, unless the floor says that there is none.
+    async fn read_above_floor(&self, seq: LogSeq) -> Result<Option<(Record, ObjectDigest)>, ReadError> {
+        if seq < self.readable_floor().await? {
+            return Ok(None);
+        }
+        self.read(seq).await
     }
 
     /// The newest point that is not fuzzy: usually the newest record, so the log is read backwards, and the list of

@@ -37,8 +37,6 @@ situations! {
     InlinePoint,
     /// A session took a group over from an older one.
     TakenOver,
-    /// An older session was told that it is superseded.
-    Superseded,
     /// A checkpoint was written.
     Checkpoint,
     /// The agent believed its index after comparing one digest.

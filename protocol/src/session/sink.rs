@@ -328,7 +328,7 @@ fn assign_slots(head: &GroupHead, offers: &[OpenVolume]) -> Result<(Vec<TakenVol
                     format!("volume {}: incarnation {} is older than {}", offer.name, offer.incarnation, v.incarnation);
                 return refuse(Reason::Volume, text);
             }
-            let same = offer.incarnation == v.incarnation;
+            let same = offer.incarnation == v.incarnation && !adopted;
             if same
                 && (offer.geometry.block_size() != v.geometry.block_size()
                     || offer.geometry.length() < v.geometry.length())

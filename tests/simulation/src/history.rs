@@ -488,12 +488,15 @@ impl World {
                 left.tamper(&log.keys().log(seq), None);
             }
             let store: Arc<dyn ObjectStore> = Arc::new(left);
+            let Ok(left) = Catalog::open(store.clone()).await else { return LogSeq(0) };
+            let left = left.log(log.group());
             for seq in (floor.0..=newest.0).map(LogSeq) {
                 let Ok(Some((record, _))) = log.read(seq).await else { return LogSeq(0) };
                 let Some(point) = record.point() else { continue };
-                let Ok(opened) = open_view(log, point, BadIndex::Rebuild).await else { return LogSeq(0) };
+                let Ok(opened) = open_view(&left, point, BadIndex::LeaveOut).await else { return LogSeq(0) };
                 let missing = missing_segments(&store, log.keys(), &opened.view).await;
-                if !missing.is_ok_and(|(missing, unreadable)| missing.is_empty() && unreadable.is_empty()) {
+                let is_whole = missing.is_ok_and(|(missing, unreadable)| missing.is_empty() && unreadable.is_empty());
+                if !is_whole || !opened.holes.is_empty() {
                     floor.0 -= 1;
                     continue 'lower;
                 }
@@ -508,6 +511,7 @@ impl World {
         let Some(kept) = &self.kept_bucket else { return };
         self.receivers.iter_mut().for_each(Receiver::kill);
         self.bucket.roll_back(kept);
+        self.ledger.void_offers();
         let there = kept.objects();
         for group in &mut self.groups {
             let keys = GroupKeys(group.id);

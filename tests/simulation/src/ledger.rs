@@ -44,6 +44,8 @@ pub struct Ledger(Mutex<Inner>, Instant);
 #[derive(Debug)]
 struct Inner {
     offers: BTreeMap<CommitId, Offer>,
+    /// Offers whose answer does not count any more: the bucket that it is about was replaced.
+    void: BTreeSet<CommitId>,
     acked: BTreeMap<(GroupId, LogSeq), CommitId>,
     violations: Vec<String>,
     counts: BTreeMap<&'static str, u64>,
@@ -56,6 +58,7 @@ impl Ledger {
     pub fn new(keep: bool) -> Self {
         let inner = Inner {
             offers: BTreeMap::new(),
+            void: BTreeSet::new(),
             acked: BTreeMap::new(),
             violations: Vec::new(),
             counts: BTreeMap::new(),
@@ -95,6 +98,9 @@ impl Ledger {
     }
     /// An agent was told that its point exists.
     pub fn acked(&self, group: GroupId, seq: LogSeq, commit: CommitId) {
+        if self.lock().void.contains(&commit) {
+            return;
+        }
         let before = self.lock().acked.insert((group, seq), commit);
         if let Some(before) = before.filter(|b| *b != commit) {
             self.violation("I4", format_args!("point {seq} was acknowledged as {before} and as {commit}"));
@@ -104,6 +110,11 @@ impl Ledger {
     pub fn all_acked(&self, group: GroupId) -> BTreeMap<LogSeq, CommitId> {
         let inner = self.lock();
         inner.acked.iter().filter(|((g, _), _)| *g == group).map(|((_, s), c)| (*s, *c)).collect()
+    }
+    /// Answers that are under way are about a bucket that is gone.
+    pub fn void_offers(&self) {
+        let mut inner = self.lock();
+        inner.void = inner.offers.keys().copied().collect();
     }
     /// Points that are gone because an operator wanted it.
     pub fn forget_acked(&self, group: GroupId, keep: impl Fn(LogSeq) -> bool) {

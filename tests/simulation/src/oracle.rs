@@ -50,6 +50,10 @@ async fn examine_group(world: &World, store: &Arc<dyn ObjectStore>, group: Group
         ledger.violation("I4", format_args!("{name}: {error}"));
     }
     let visible: BTreeSet<LogSeq> = history.points.iter().map(|p| p.seq).collect();
+    let floor = log.floor().await.unwrap_or_default();
+    if let Some(revived) = visible.iter().find(|seq| **seq < floor) {
+        ledger.violation("I4", format_args!("{name}: point {revived} lies below the floor {floor}, and is shown"));
+    }
     for (seq, commit) in ledger.all_acked(group) {
         let found = log.read(seq).await.ok().flatten().map(|(record, _)| record.commit);
         if found != Some(commit) || !visible.contains(&seq) {
@@ -99,6 +103,9 @@ async fn examine_writer(world: &World, log: &GroupLog, name: &Name, record: &Rec
     let (ledger, seq) = (&world.ledger, record.seq);
     let Some(before) = seq.0.checked_sub(1).map(LogSeq) else { return };
     // Below the floor it is gone.
+    if before < log.floor().await.unwrap_or_default() {
+        return;
+    }
     let Ok(Some((before, _))) = log.read(before).await else { return };
     if before.nonce != WriterNonce::OPEN && !offer.shown.nonces.contains(&before.nonce) {
         ledger.violation("I4", format_args!("{name}: the writer of {seq} did not know the nonce of {}", before.seq));

@@ -197,6 +197,9 @@ impl Plan {
         let kinds = Kinds::of(&chance);
         let mut ops = Vec::new();
         for _ in 0..count {
+            if chance.happens(0.04) {
+                script(&chance, &mut ops);
+            }
             kinds.add(&chance, &mut ops);
             ops.push(Op::Wait(wait(&chance)));
         }
@@ -225,6 +228,57 @@ fn writes(chance: &Chance) -> Vec<Write> {
 
 fn place(chance: &Chance) -> usize {
     if chance.happens(0.1) { 1020 + chance.below(20) as usize } else { chance.below(BLOCKS) as usize }
+}
+
+/// Sequences that chance alone would seldom make.
+fn script(chance: &Chance, ops: &mut Vec<Op>) {
+    let (node, receiver) = (chance.below(2) as usize, chance.below(2) as usize);
+    let sync = |receiver| Op::Sync { node, receiver, when: When::Always, keep: false };
+    let join = || Op::Join { node, at_most: 400_000 };
+    let write = || Op::Write { node, volume: chance.below(2) as usize, writes: writes(chance) };
+    let many =
+        || Op::Write { node, volume: 0, writes: (0..BLOCKS as usize).map(|b| (b, chance.below(5) as u32)).collect() };
+    match chance.below(4) {
+        // A receiver falls asleep over a commit, others go on, the log is pruned, it wakes up.
+        0 => {
+            ops.extend([join(), write(), sync(receiver), Op::Wait(chance.between(20, 400)), Op::Pause { receiver }]);
+            ops.extend([Op::KillAgent { node }, Op::Mend { node, receiver: receiver + 1 }]);
+            for _ in 0..chance.between(1, 5) {
+                ops.extend([write(), sync(receiver + 1), join()]);
+            }
+            ops.extend([
+                Op::Prune { node, keep: chance.below(3) },
+                Op::Resume { receiver },
+                Op::Wait(chance.below(2000)),
+            ]);
+        }
+        // A large draft over a slow link, broken off, and taken up again with other content.
+        1 => {
+            let longest = chance.pick(&[300, 2000]);
+            ops.extend([join(), many(), Op::Delay { node, receiver, longest }, sync(receiver)]);
+            ops.extend([Op::Wait(chance.between(100, 6000)), Op::KillAgent { node }]);
+            ops.extend([many(), sync(receiver), Op::Wait(chance.between(100, 6000)), Op::KillAgent { node }]);
+            ops.extend([many(), Op::Mend { node, receiver }, sync(receiver), join()]);
+        }
+        // An answer is lost, and the state is put back to before it.
+        2 => {
+            ops.extend([join(), write(), Op::Keep { node }, sync(receiver), Op::Wait(chance.between(20, 200))]);
+            ops.extend([Op::Cut { node, receiver, from_agent: false }, Op::Wait(chance.between(100, 60_000))]);
+            ops.extend([Op::KillAgent { node }, Op::Mend { node, receiver }]);
+            if chance.happens(0.5) {
+                ops.push(Op::PutBack { node, machine: false });
+            }
+            ops.extend([write(), sync(receiver), join()]);
+        }
+        // A, B, A within a draft that is broken off twice.
+        _ => {
+            let content = [1, 2, 1].map(|c| Op::Write { node, volume: 0, writes: (0..8).map(|b| (b, c)).collect() });
+            for write in content {
+                ops.extend([join(), write, sync(receiver), Op::Wait(chance.between(50, 400)), Op::KillAgent { node }]);
+            }
+            ops.extend([sync(receiver), join()]);
+        }
+    }
 }
 
 /// How often what happens in one history: histories differ in their troubles, so that each gets some far.
