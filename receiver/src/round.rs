@@ -12,12 +12,12 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use backhaul_protocol::digest::DeltaDigest;
+use backhaul_protocol::digest::{DeltaDigest, ObjectDigest};
 use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::ids::{CaptureNumber, VolumeSlot};
 use backhaul_protocol::session::sink::{Sealed, Sink, Taken};
 use backhaul_protocol::store::key::ObjectId;
-use backhaul_protocol::store::log::UnixMillis;
+use backhaul_protocol::store::log::{Record, UnixMillis};
 use backhaul_protocol::store::segment::{DraftBinding, SegmentBuilder};
 use backhaul_protocol::wire::message::{
     Commit, Committed, DraftPages, Open, Opened, OpenedVolume, Reason, Refusal, VolumesChanged,
@@ -231,8 +231,7 @@ impl Round {
             return Err(Refusal { reason: Reason::Protocol, text: "a capture number out of bounds".into() });
         }
         let commit_id = commit.commit;
-        let base = if planted(Mutant::NoBaseCheck) { self.taken.base } else { commit.base };
-        sink.commit(Commit { base, ..commit })?;
+        sink.commit(commit)?;
         {
             let mut waiting = std::pin::pin!(wait_for(self.ingest.progress(), records, LATE));
             let mut absorb = tokio::time::interval(ABSORB_INTERVAL);
@@ -291,12 +290,18 @@ impl Round {
             self.record(&log, known, peer, &taken, &approved, checked, &layers, inline, stored, now(), next_slot);
         let (outcome, hash, len) = if planted(Mutant::CommittedBeforeRecord) {
             let (later, bytes) = (log.clone(), record.to_bytes());
-            let hash = backhaul_protocol::store::log::Record::hash(&bytes);
+            let hash = Record::hash(&bytes);
             let late = record.clone();
             tokio::spawn(async move { later.append(&late).await });
             (Appended::Ours, hash, bytes.len())
         } else {
             log.append(&record).await.map_err(read)?
+        };
+        let (record, outcome, hash, len) = match outcome {
+            Appended::Theirs(theirs) if planted(Mutant::NoBaseCheck) => {
+                blindly(&log, record, &theirs).await.map_err(read)?
+            }
+            outcome => (record, outcome, hash, len),
         };
         match outcome {
             Appended::Ours => {}
@@ -349,6 +354,18 @@ fn believed(open: &Open, known: &KnownHead) -> Open {
         open.high_water = Default::default();
     }
     open
+}
+
+/// Puts a record behind one that it does not know.
+async fn blindly(
+    log: &GroupLog,
+    record: Record,
+    theirs: &Record,
+) -> Result<(Record, Appended, ObjectDigest, usize), ReadError> {
+    let previous = Record::hash(&theirs.to_bytes());
+    let record = Record { seq: theirs.seq.next(), previous, time: record.time.max(theirs.time), ..record };
+    let (outcome, hash, len) = log.append(&record).await?;
+    Ok((record, outcome, hash, len))
 }
 
 fn believed_sealed(sealed: &Sealed, (delta_digest, delta_blocks): (DeltaDigest, u64)) -> Sealed {

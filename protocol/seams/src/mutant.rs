@@ -23,7 +23,7 @@ macro_rules! mutants {
 }
 
 mutants! {
-    /// The receiver does not look whether a commit was built on the newest record.
+    /// A commit that was built on an older record is put behind the newest one.
     NoBaseCheck,
     /// A log record replaces one that is there.
     NoConditionalPut,
@@ -55,8 +55,6 @@ mutants! {
     PendingNotWritten,
     /// The nonce of a commit that landed after all is not taken.
     LandedCommitForgotten,
-    /// After a commit that failed the receiver goes on with what it thinks it knows.
-    StateKeptAfterFailure,
     /// A volume that moved while it was read is called crash-consistent.
     FuzzyCalledCrash,
     /// A volume that is added takes the slot of one that was dropped.

@@ -9,7 +9,7 @@
 //! A connection that ends while `Committing` leaves it open whether the point exists. The agent keeps the commit id
 //! and both nonces, and the next `Opened` tells: its head is that commit, or it is not.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 use crate::digest::{BlockDigest, RangeDigest};
@@ -175,6 +175,10 @@ impl Source {
             (ReceiverMessage::Opened(opened), State::Opening { offered }) => {
                 if opened.volumes.len() != offered.len() {
                     return Err(SourceError::Protocol("another number of volumes than offered"));
+                }
+                let slots: BTreeSet<_> = opened.volumes.iter().map(|v| v.slot).collect();
+                if slots.len() != offered.len() {
+                    return Err(SourceError::Protocol("two volumes in one slot"));
                 }
                 let volumes = opened.volumes.iter().map(|v| v.slot).zip(offered.iter().copied()).collect();
                 self.state = State::Ready { volumes };

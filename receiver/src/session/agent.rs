@@ -11,7 +11,6 @@ use backhaul_protocol::session::sink::{Peer, Sink};
 use backhaul_protocol::store::fleet::AgentRole;
 use backhaul_protocol::wire::message::{AgentMessage, CloseCode, Commit, Open, Reason, ReceiverMessage, Refusal};
 use backhaul_seams::clock;
-use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::situation::{Situation, reached};
 use backhaul_transport::error::TransportError;
 use backhaul_transport::link::{Link, ReceiveHalf};
@@ -314,9 +313,6 @@ impl Session {
         // What still comes on the streams of the round belongs nowhere, and would be kept for nobody.
         self.streams.shutdown().await;
         // Where it failed, whatever was thought to be known may be why: the next round reads it from the store again.
-        if planted(Mutant::StateKeptAfterFailure) {
-            held.is_true = true;
-        }
         let committed = committed?;
         held.is_true = true;
         let (log, hint) = (held.state.log().clone(), self.slot.hint_is_due());

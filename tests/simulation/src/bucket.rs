@@ -55,8 +55,10 @@ impl Bucket {
         &self.objects
     }
     /// Puts the bucket back to what it was: an operator restored an old copy of it.
-    pub fn roll_back(&self, to: &MemStore) {
-        for key in self.objects.objects().keys() {
+    pub fn roll_back(&self, to: &MemStore, orphans: bool) {
+        let stays =
+            |key: &ObjectKey| orphans && (key.as_str().contains("/segments/") || key.as_str().contains("/maps/"));
+        for key in self.objects.objects().keys().filter(|k| !stays(k)) {
             self.objects.tamper(key, None);
         }
         for (key, body) in to.objects() {

@@ -304,7 +304,7 @@ impl World {
             }
             Op::Prune { node, keep } => self.prune(self.group_of(node % nodes), keep).await,
             Op::KeepBucket => self.kept_bucket = Some(self.bucket.objects().fork()),
-            Op::PutBackBucket => self.put_back_bucket(),
+            Op::PutBackBucket { orphans } => self.put_back_bucket(orphans),
             Op::Hostile { node, receiver, seed } => {
                 let receiver = receiver % self.receivers.len();
                 crate::hostile::attack(self, node % nodes, receiver, seed).await;
@@ -507,10 +507,10 @@ impl World {
     }
 
     /// The operator restores an old copy of the bucket.
-    fn put_back_bucket(&mut self) {
+    fn put_back_bucket(&mut self, orphans: bool) {
         let Some(kept) = &self.kept_bucket else { return };
         self.receivers.iter_mut().for_each(Receiver::kill);
-        self.bucket.roll_back(kept);
+        self.bucket.roll_back(kept, orphans);
         self.ledger.void_offers();
         let there = kept.objects();
         for group in &mut self.groups {

@@ -148,8 +148,10 @@ pub enum Op {
     },
     /// The operator keeps a copy of the bucket.
     KeepBucket,
-    /// And puts it back, with all receivers down.
-    PutBackBucket,
+    /// And puts it back, with all receivers down; what is no log record may stay.
+    PutBackBucket {
+        orphans: bool,
+    },
     /// An agent restores a point over the network.
     Restore {
         node: usize,
@@ -197,7 +199,7 @@ impl Plan {
         let kinds = Kinds::of(&chance);
         let mut ops = Vec::new();
         for _ in 0..count {
-            if chance.happens(0.04) {
+            if chance.happens(0.06) {
                 script(&chance, &mut ops);
             }
             kinds.add(&chance, &mut ops);
@@ -238,7 +240,7 @@ fn script(chance: &Chance, ops: &mut Vec<Op>) {
     let write = || Op::Write { node, volume: chance.below(2) as usize, writes: writes(chance) };
     let many =
         || Op::Write { node, volume: 0, writes: (0..BLOCKS as usize).map(|b| (b, chance.below(5) as u32)).collect() };
-    match chance.below(4) {
+    match chance.below(6) {
         // A receiver falls asleep over a commit, others go on, the log is pruned, it wakes up.
         0 => {
             ops.extend([join(), write(), sync(receiver), Op::Wait(chance.between(20, 400)), Op::Pause { receiver }]);
@@ -269,6 +271,22 @@ fn script(chance: &Chance, ops: &mut Vec<Op>) {
                 ops.push(Op::PutBack { node, machine: false });
             }
             ops.extend([write(), sync(receiver), join()]);
+        }
+        // The bucket is put back to where the log is open to anybody who is in the group.
+        3 => {
+            ops.extend([Op::Adopt { node }, Op::KeepBucket, join(), write(), sync(receiver), join(), write()]);
+            ops.extend([sync(receiver), join(), Op::PutBackBucket { orphans: chance.happens(0.7) }]);
+            ops.extend([0, 1].map(|receiver| Op::StartReceiver { receiver }));
+            ops.extend([sync(receiver), join(), Op::Adopt { node }, write(), sync(receiver), join()]);
+        }
+        // The same with drafts left behind that belong to records which are gone.
+        4 => {
+            ops.extend([join(), write(), sync(receiver), join(), Op::KeepBucket]);
+            ops.extend([write(), sync(receiver), join(), many(), sync(receiver), Op::Wait(chance.between(100, 2000))]);
+            ops.extend([Op::KillAgent { node }, Op::Wait(8000), Op::PutBackBucket { orphans: true }]);
+            ops.extend([0, 1].map(|receiver| Op::StartReceiver { receiver }));
+            ops.extend([Op::Adopt { node }, Op::StartReceiver { receiver }, write(), sync(receiver), join(), write()]);
+            ops.extend([sync(receiver), join()]);
         }
         // A, B, A within a draft that is broken off twice.
         _ => {
@@ -350,7 +368,7 @@ impl Kinds {
                 0..2 => Op::ClockJump { forwards: chance.happens(0.5), hours: chance.between(1, 2000) },
                 2..4 => Op::Prune { node, keep: chance.between(1, 4) },
                 4 => Op::KeepBucket,
-                5 => Op::PutBackBucket,
+                5 => Op::PutBackBucket { orphans: chance.happens(0.5) },
                 6 => Op::Adopt { node },
                 _ => Op::Hostile { node, receiver, seed: chance.below(u64::MAX) },
             },
