@@ -36,7 +36,7 @@ use crate::ledger::Ledger;
 use crate::plan::{Op, Plan};
 use crate::receiver::Receiver;
 use crate::wire::{End, Network, connect};
-use crate::{census, oracle};
+use crate::{census, harm, oracle};
 
 /// Bytes of a block.
 pub const BLOCK: u32 = backhaul_protocol::limits::MIN_BLOCK_SIZE;
@@ -549,6 +549,7 @@ impl World {
             }
         }
         oracle::examine(self).await;
+        harm::harm(self, &self.chance.clone()).await;
     }
 
     /// I14: a new point within three rounds, and a minute.

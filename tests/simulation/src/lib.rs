@@ -14,6 +14,7 @@ pub mod census;
 pub mod chance;
 pub mod disk;
 pub mod gate;
+pub mod harm;
 pub mod history;
 pub mod hostile;
 pub mod ledger;

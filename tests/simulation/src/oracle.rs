@@ -127,7 +127,7 @@ async fn examine_writer(world: &World, log: &GroupLog, name: &Name, record: &Rec
 }
 
 /// The bytes of a volume, as a user gets them back.
-async fn restored(
+pub async fn restored(
     world: &World,
     store: Arc<dyn ObjectStore>,
     group: &Name,
@@ -152,7 +152,8 @@ async fn restored(
     Ok(std::fs::read(&to)?)
 }
 
-fn compare(
+/// Whether these are the bytes that were offered.
+pub fn compare(
     world: &World,
     name: &Name,
     point: &PointBody,

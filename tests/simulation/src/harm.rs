@@ -1,0 +1,114 @@
+//! After a history one object of the store is harmed, as a disk or a person does it: whatever is restored is right, or the
+//! restore fails, and `verify` knows of it (I8, I9).
+//!
+//! Read first: [`harm`].
+
+use std::sync::Arc;
+
+use backhaul_cli::Output;
+use backhaul_protocol::ids::{LogSeq, Name};
+use backhaul_protocol::store::key::ObjectKey;
+use backhaul_protocol::wire::message::PointSpec;
+use backhaul_receiver::catalog::Catalog;
+use backhaul_receiver::scrub::{Scrub, Share, verify_group};
+use backhaul_receiver::store::ObjectStore;
+use backhaul_receiver::store::mem::MemStore;
+use bytes::{Bytes, BytesMut};
+use tokio::sync::Semaphore;
+
+use crate::chance::Chance;
+use crate::history::{Group, World};
+use crate::oracle::{compare, restored};
+
+/// Newest points that are looked at.
+const POINTS: usize = 4;
+
+/// Harms one object in a copy of the store and looks at what is left.
+pub async fn harm(world: &World, chance: &Chance) {
+    let group = &world.groups[chance.below(world.groups.len() as u64) as usize];
+    let store = world.bucket.objects().fork();
+    let own = format!("groups/{}/", group.id);
+    let has_data =
+        |key: &ObjectKey| ["/log/", "/segments/", "/maps/", "/checkpoints/"].iter().any(|p| key.as_str().contains(p));
+    let objects = store.objects();
+    let keys: Vec<&ObjectKey> = objects.keys().filter(|k| k.as_str().starts_with(&own) && has_data(k)).collect();
+    if keys.is_empty() {
+        return;
+    }
+    let key = keys[chance.below(keys.len() as u64) as usize];
+    let body = objects[key].clone();
+    let (what, harmed) = match chance.below(4) {
+        0 => ("gone", None),
+        1 => ("cut off", Some(body.slice(..chance.below(body.len() as u64) as usize))),
+        2 => {
+            let like = |k: &&&ObjectKey| k.as_str().split('/').nth(2) == key.as_str().split('/').nth(2);
+            let others: Vec<&&ObjectKey> = keys.iter().filter(like).collect();
+            ("another one", Some(objects[*others[chance.below(others.len() as u64) as usize]].clone()))
+        }
+        _ => ("flipped", Some(flipped(&body, chance))),
+    };
+    world.ledger.count("object harmed");
+    world.ledger.trace(format_args!("harm: {key} is {what}"));
+    store.tamper(key, harmed);
+    let points = points(world, group).await;
+    let store: Arc<dyn ObjectStore> = Arc::new(store);
+    for seq in points.into_iter().rev().take(POINTS) {
+        look(world, &store, group, seq, key, what).await;
+    }
+}
+
+fn flipped(body: &Bytes, chance: &Chance) -> Bytes {
+    let mut body = BytesMut::from(&body[..]);
+    let at = chance.below(body.len() as u64) as usize;
+    body[at] ^= 1 << chance.below(8);
+    body.freeze()
+}
+
+/// The points that there were before.
+async fn points(world: &World, group: &Group) -> Vec<LogSeq> {
+    let store: Arc<dyn ObjectStore> = Arc::new(world.bucket.objects().fork());
+    let Ok(catalog) = Catalog::open(store).await else { return Vec::new() };
+    let history = catalog.log(group.id).whole_history().await;
+    history.map(|h| h.points.iter().map(|p| p.seq).collect()).unwrap_or_default()
+}
+
+async fn look(world: &World, store: &Arc<dyn ObjectStore>, group: &Group, seq: LogSeq, key: &ObjectKey, what: &str) {
+    let (ledger, name) = (&world.ledger, &group.name);
+    let Ok(Some((record, _))) = world.log(group.id).await.read(seq).await else { return };
+    let (Some(point), Some(offer)) = (record.point(), ledger.offered(record.commit)) else { return };
+    let mut failed = Vec::new();
+    for volume in &point.volumes {
+        let Some((_, offered)) = offer.volumes.iter().find(|(id, _)| *id == volume.id) else { continue };
+        match restored(world, store.clone(), name, seq, &volume.name).await {
+            // Wrong bytes are a violation, and `compare` says so.
+            Ok(bytes) => compare(world, name, point, seq, &volume.name, offered, &bytes),
+            Err(error) => failed.push(format!("{}: {error}", volume.name)),
+        }
+    }
+    ledger.count(if failed.is_empty() { "harmless" } else { "harm prevented a restore" });
+    if failed.is_empty() {
+        return;
+    }
+    if is_clean(store, name, group, seq).await {
+        ledger.violation("I8", format_args!("{key} is {what}: verify finds {name}@{seq} clean, and {failed:?}"));
+    }
+}
+
+async fn is_clean(store: &Arc<dyn ObjectStore>, name: &Name, group: &Group, seq: LogSeq) -> bool {
+    let Ok(catalog) = Catalog::open(store.clone()).await else { return false };
+    let scrub = Scrub {
+        group: name.clone(),
+        log: catalog.log(group.id),
+        volume: None,
+        share: Share::All,
+        threads: Arc::new(Semaphore::new(2)),
+    };
+    let mut progress = Output::new(false, true, |_| None).progress(1);
+    match verify_group(&scrub, PointSpec::Number(seq), |_, total| progress.phase("verify", total)).await {
+        Ok(report) => {
+            let right = |p: &backhaul_receiver::scrub::PointReport| p.volumes.iter().all(|v| v.digest_matches);
+            report.damaged.is_empty() && report.point.as_ref().is_some_and(right)
+        }
+        Err(_) => false,
+    }
+}
