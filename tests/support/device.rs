@@ -15,11 +15,23 @@ pub fn needs_root(test: &str) -> bool {
     } else {
         return true;
     };
+    skipped(test, missing)
+}
+
+/// Says so; gives `false`.
+#[track_caller]
+fn skipped(test: &str, missing: &str) -> bool {
     assert!(std::env::var("BACKHAUL_REQUIRE_ALL").as_deref() != Ok("1"), "{test} {missing}, and must not be skipped");
     // To the terminal itself as well: the test runner keeps what passing tests say.
     println!("SKIPPED: {test} {missing}");
     eprintln!("SKIPPED: {test} {missing}");
     false
+}
+
+/// [`needs_root`] for tests with a [fault disk](crate::faultdisk), which also need FUSE.
+#[track_caller]
+pub fn needs_fault_disk(test: &str) -> bool {
+    needs_root(test) && (Path::new("/dev/fuse").exists() || skipped(test, "needs FUSE (modprobe fuse)"))
 }
 
 /// A loop device over a file.

@@ -21,14 +21,17 @@ use backhaul_protocol::store::key;
 use backhaul_protocol::wire::message::PointSpec;
 use backhaul_receiver::access::{TokenRequest, make_token};
 use backhaul_receiver::catalog::Catalog;
+use backhaul_receiver::fetch::FetchError;
 use backhaul_receiver::restore::{Prepared, Request};
+use backhaul_receiver::restore_error::RestoreError;
 use backhaul_receiver::salvage::OnDamage;
+use backhaul_receiver::scrub::{GroupReport, Scrub, Share, verify_group};
 use backhaul_receiver::server::{Server, ServerSettings};
 use backhaul_receiver::store::ObjectStore;
 use backhaul_transport::authority::Authority;
 use backhaul_volume::target::Durability;
 use bytes::Bytes;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
 use crate::fixture::GROUP;
@@ -159,6 +162,11 @@ impl Inside {
 
     /// Restores a point from a store and gives its bytes.
     pub async fn restored(&self, store: Arc<dyn ObjectStore>, point: u64) -> Vec<u8> {
+        self.try_restored(store, point).await.expect("a committed point can be restored")
+    }
+
+    /// The same where it may fail.
+    pub async fn try_restored(&self, store: Arc<dyn ObjectStore>, point: u64) -> Result<Vec<u8>, RestoreError> {
         let to = self.path("restored.img");
         // Never onto what is right already.
         let _ = std::fs::remove_file(&to);
@@ -172,11 +180,21 @@ impl Inside {
             durability: Durability::Cached,
             on_damage: OnDamage::Fail,
         };
-        let catalog = Catalog::open(store).await.expect("it is a store");
+        let catalog = Catalog::open(store).await?;
         let mut progress = Self::quiet().progress(4);
-        let prepared = Prepared::new(catalog, request, &mut progress).await.expect("a committed point can be restored");
-        prepared.run(&mut progress).await.expect("a committed point can be restored");
-        std::fs::read(&to).expect("it was restored")
+        let prepared = Prepared::new(catalog, request, &mut progress).await?;
+        prepared.run(&mut progress).await?;
+        Ok(std::fs::read(&to).expect("it was restored"))
+    }
+
+    /// What `verify` finds of a point: its log and its data.
+    pub async fn verify(&self, store: Arc<dyn ObjectStore>, point: u64) -> Result<GroupReport, FetchError> {
+        let catalog = Catalog::open(store).await?;
+        let log = catalog.expect_group(&name(GROUP)).await?;
+        let share = Share::parse("100%").expect("legal");
+        let scrub = Scrub { group: name(GROUP), log, volume: None, share, threads: Arc::new(Semaphore::new(2)) };
+        let mut progress = Self::quiet().progress(1);
+        verify_group(&scrub, PointSpec::Number(LogSeq(point)), |_, total| progress.phase("verify", total)).await
     }
 
     /// Numbers of the points that a store shows.
