@@ -36,12 +36,12 @@ fn a_flush_above_is_a_flush_below() {
             moments.push(after.position);
         }
         drop(mounted);
-        let log = disk.log(kind.sector());
+        let log = disk.log();
         let mut replica = Replica::new(dir.path(), "replica", kind);
         for (i, at) in moments.iter().enumerate() {
             let flushes = log.windows(0).into_iter().map(|w| w.start);
             let durable = flushes.filter(|f| f <= at).max().expect("it was flushed");
-            let crash = Crash { durable, at: *at, kept: Kept::Nothing };
+            let crash = Crash { durable, at: *at, kept: Kept::Nothing, sector: kind.sector() };
             let mounted = replica.after(&log, &crash).expect("it mounts");
             for n in 0..=i {
                 let found = std::fs::read(mounted.join(&format!("f{n}"))).expect("it was flushed");

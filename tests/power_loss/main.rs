@@ -4,4 +4,5 @@
 //! Read first: [`backhaul_tests::faultdisk::log`] (which states there are), then [`store`].
 
 mod disk;
+mod state;
 mod store;

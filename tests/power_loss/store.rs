@@ -13,7 +13,7 @@ use backhaul_receiver::store::{MissingRoot, ObjectStore};
 use backhaul_tests::faultdisk::{Crash, FaultDisk, FileSystem, Replica, WriteLog};
 use backhaul_tests::fixture::copy_folder;
 use backhaul_tests::inside::{Inside, init};
-use backhaul_tests::noting::Noting;
+use backhaul_tests::noting::{Noting, When};
 use backhaul_tests::{Random, image, needs_fault_disk};
 
 const MIB: u64 = 1 << 20;
@@ -87,8 +87,8 @@ impl Recorded {
             }
         };
         let at_commit = (save.clone(), state.join("volumes.json"));
-        let noting: Arc<dyn ObjectStore> = Arc::new(Noting::new(store.clone(), move |key| {
-            if key.as_str().contains("/log/") && at_commit.1.exists() {
+        let noting: Arc<dyn ObjectStore> = Arc::new(Noting::new(store.clone(), move |key, when| {
+            if when == When::Before && key.as_str().contains("/log/") && at_commit.1.exists() {
                 at_commit.0();
             }
         }));
@@ -113,7 +113,7 @@ impl Recorded {
         receiving.end().await;
         drop((noting, store));
         drop(mounted);
-        let log = disk.log(kind.sector());
+        let log = disk.log();
         let next = std::fs::read(&volume).expect("it is there");
         let states = std::mem::take(&mut *states.lock().expect("no copy panics"));
         Self { inside, log, start, joined, points, next, states }
@@ -200,7 +200,7 @@ async fn power_losses(kind: FileSystem, test: &str) {
     let started = Instant::now();
     let recorded = Recorded::sync(kind).await;
     let seed = Random::printed(test).number();
-    let crashes = recorded.log.crashes(recorded.start, 4, seed);
+    let crashes = recorded.log.crashes(recorded.start, kind.sector(), 4, seed);
     let mut replica = Replica::new(&recorded.inside.path(""), "replica", kind);
     let mut went_on = 0;
     for (i, crash) in crashes.iter().enumerate() {
@@ -212,7 +212,10 @@ async fn power_losses(kind: FileSystem, test: &str) {
             went_on += 1;
         }
     }
+    let torn = replica.torn_superblocks();
     println!("{kind:?}: {} power losses, {went_on} gone on from, in {:?}", crashes.len(), started.elapsed());
+    println!("{torn} with a torn superblock were looked at untorn");
+    assert!(torn * 50 <= crashes.len(), "{torn} images do not mount");
     assert!(crashes.len() >= 600, "only {} power losses: the store flushes less than it did", crashes.len());
 }
 

@@ -8,18 +8,27 @@ use backhaul_receiver::store::{ObjectStore, StoreError};
 use bytes::Bytes;
 
 /// Whoever wants to know.
-type Listener = Box<dyn Fn(&ObjectKey) + Send + Sync>;
+type Listener = Box<dyn Fn(&ObjectKey, When) + Send + Sync>;
 
-/// Tells somebody before each `put_new`.
+/// When it is told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum When {
+    /// The object is about to be created.
+    Before,
+    /// It was created, and whoever wanted it does not know yet.
+    After,
+}
+
+/// Tells somebody of each `put_new`.
 pub struct Noting<S> {
     inner: S,
-    before: Listener,
+    listener: Listener,
 }
 
 impl<S> Noting<S> {
-    /// Calls `before` with the key of each object right before it is created.
-    pub fn new(inner: S, before: impl Fn(&ObjectKey) + Send + Sync + 'static) -> Self {
-        Self { inner, before: Box::new(before) }
+    /// Calls `listener` with the key of each object right before and right after it is created.
+    pub fn new(inner: S, listener: impl Fn(&ObjectKey, When) + Send + Sync + 'static) -> Self {
+        Self { inner, listener: Box::new(listener) }
     }
 }
 
@@ -32,8 +41,10 @@ impl<S: ObjectStore> std::fmt::Debug for Noting<S> {
 #[async_trait]
 impl<S: ObjectStore> ObjectStore for Noting<S> {
     async fn put_new(&self, key: &ObjectKey, body: Bytes) -> Result<(), StoreError> {
-        (self.before)(key);
-        self.inner.put_new(key, body).await
+        (self.listener)(key, When::Before);
+        self.inner.put_new(key, body).await?;
+        (self.listener)(key, When::After);
+        Ok(())
     }
     async fn put_hint(&self, key: &ObjectKey, body: Bytes) -> Result<(), StoreError> {
         self.inner.put_hint(key, body).await

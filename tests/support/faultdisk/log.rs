@@ -49,12 +49,11 @@ pub fn append(log: &mut impl Write, entry: &Entry) -> io::Result<()> {
 /// All that happened to a disk.
 pub struct WriteLog {
     entries: Vec<Entry>,
-    sector: u64,
 }
 
 impl WriteLog {
-    /// Reads one, of a disk that writes so many bytes wholly or not at all.
-    pub fn read(path: &Path, sector: u64) -> Self {
+    /// Reads one.
+    pub fn read(path: &Path) -> Self {
         let mut file = BufReader::new(std::fs::File::open(path).expect("there is a log"));
         let mut entries = Vec::new();
         let mut head = [0; 17];
@@ -71,7 +70,7 @@ impl WriteLog {
                 _ => Entry::Zero { at, len },
             });
         }
-        Self { entries, sector }
+        Self { entries }
     }
 
     /// What happened, in order.
@@ -95,20 +94,20 @@ impl WriteLog {
     }
 
     /// Power losses from position `start` on: for each stretch between two flushes nothing of it and all of it, and so
-    /// many in between drawn from the seed.
-    pub fn crashes(&self, start: u64, drawn: u64, seed: u64) -> Vec<Crash> {
+    /// many in between drawn from the seed. The disk writes so many bytes wholly or not at all.
+    pub fn crashes(&self, start: u64, sector: u64, drawn: u64, seed: u64) -> Vec<Crash> {
         let mut crashes = Vec::new();
         let mut random = Random::new(seed);
         for window in self.windows(start) {
             let (durable, end) = (window.start, window.end);
-            crashes.push(Crash { durable, at: end, kept: Kept::Nothing });
+            crashes.push(Crash { durable, at: end, kept: Kept::Nothing, sector });
             if durable == end {
                 continue;
             }
-            crashes.push(Crash { durable, at: end, kept: Kept::All });
+            crashes.push(Crash { durable, at: end, kept: Kept::All, sector });
             for _ in 0..drawn {
                 let at = random.between(durable, end) + 1;
-                crashes.push(Crash { durable, at, kept: Kept::Some(random.number()) });
+                crashes.push(Crash { durable, at, kept: Kept::Some(random.number()), sector });
             }
         }
         crashes
@@ -124,6 +123,8 @@ pub struct Crash {
     pub at: u64,
     /// Which part.
     pub kept: Kept,
+    /// Bytes that the disk writes wholly or not at all.
+    pub sector: u64,
 }
 
 /// Which writes survive that were not flushed.
@@ -156,7 +157,7 @@ impl Crash {
                 continue;
             }
             match random.between(0, 6) {
-                0 => torn(at, &bytes, log.sector, &mut random, &mut pieces),
+                0 => torn(at, &bytes, self.sector, &mut random, &mut pieces),
                 _ => pieces.push((at, bytes)),
             }
         }

@@ -84,10 +84,10 @@ impl FaultDisk {
         self.order(&Order::Heal);
     }
 
-    /// What happened so far, on a disk with sectors of so many bytes.
-    pub fn log(&self, sector: u64) -> WriteLog {
+    /// What happened so far.
+    pub fn log(&self) -> WriteLog {
         self.told();
-        WriteLog::read(&self.log, sector)
+        WriteLog::read(&self.log)
     }
 
     /// Takes the device away and attaches it anew: nothing of it is in any cache of the kernel's.

@@ -40,7 +40,8 @@ impl FileSystem {
 
     /// Bytes that its disk writes wholly or not at all. XFS stands no torn block of a folder: when the block's first
     /// sector carries the number of the log record that would mend the others, recovery takes it for done. So its disk
-    /// is one with 4 KiB sectors, as disks are today; ext4 stands the disks of old.
+    /// is one with 4 KiB sectors, as disks are today; ext4 stands the disks of old, but for its superblock: see
+    /// [`Replica::torn_superblocks`].
     pub fn sector(self) -> u64 {
         match self {
             Self::Ext4 => 512,
@@ -123,6 +124,7 @@ pub struct Replica {
     undo: Vec<(usize, Vec<u8>)>,
     /// Pages of `image` that the file may not have.
     changed: BTreeSet<usize>,
+    torn_superblocks: usize,
 }
 
 impl Replica {
@@ -140,11 +142,30 @@ impl Replica {
             applied: 0,
             undo: Vec::new(),
             changed: BTreeSet::new(),
+            torn_superblocks: 0,
         }
     }
 
     /// Mounts the disk as this power loss left it. Power losses must come in the order of the log.
     pub fn after(&mut self, log: &WriteLog, crash: &Crash) -> Result<Mounted, Errno> {
+        self.bring(log, crash);
+        match self.kind.mount(self.device.path(), &self.at) {
+            Err(Errno::BADMSG) if crash.sector < PAGE as u64 => {
+                self.torn_superblocks += 1;
+                self.bring(log, &Crash { sector: PAGE as u64, ..*crash });
+                self.kind.mount(self.device.path(), &self.at)
+            }
+            result => result,
+        }
+    }
+
+    /// How many images did not mount because the superblock of ext4, 1 KiB long and written without its journal, was
+    /// torn between two sectors: there `e2fsck` is needed. They were tried with 4 KiB sectors instead.
+    pub fn torn_superblocks(&self) -> usize {
+        self.torn_superblocks
+    }
+
+    fn bring(&mut self, log: &WriteLog, crash: &Crash) {
         assert!(crash.durable >= self.applied, "power losses come in order");
         for (at, bytes) in std::mem::take(&mut self.undo).into_iter().rev() {
             self.put(at, &bytes);
@@ -163,7 +184,6 @@ impl Replica {
             self.put(at, &bytes);
         }
         self.settle();
-        self.kind.mount(self.device.path(), &self.at)
     }
 
     /// Changes the image of the moment: damage that no power loss does.
