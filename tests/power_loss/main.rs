@@ -3,6 +3,7 @@
 //!
 //! Read first: [`backhaul_tests::faultdisk::log`] (which states there are), then [`store`].
 
+mod bite;
 mod disk;
 mod state;
 mod store;

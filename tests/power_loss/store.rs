@@ -4,10 +4,12 @@
 //! Read first: [`Recorded::sync`] (the workload, once), then [`Recorded::check`] (every image).
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use backhaul_protocol::store::key::ObjectKey;
 use backhaul_receiver::store::dir::DirStore;
 use backhaul_receiver::store::{MissingRoot, ObjectStore};
 use backhaul_tests::faultdisk::{Crash, FaultDisk, FileSystem, Replica, WriteLog};
@@ -21,19 +23,19 @@ const VOLUME: u64 = MIB + MIB / 2 + 55;
 const POINTS: u64 = 9;
 
 /// A point that was offered.
-struct Offered {
+pub struct Offered {
     /// Where the log was when the agent began.
     began: u64,
-    /// Where the log was when the agent was told that it is committed.
+    /// Where the log was when its record was durable, as the store said: from here on the agent may be told.
     acknowledged: u64,
-    bytes: Vec<u8>,
+    pub bytes: Vec<u8>,
     /// Of the bytes, computed without the agent.
     digest: String,
 }
 
 /// How much of an image is looked at. Of every point the log, the index and all data are verified in any case.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Check {
+pub enum Check {
     /// Two points are restored.
     Quick,
     /// All points are restored, and the receiver and the agent go on from here.
@@ -41,21 +43,21 @@ enum Check {
 }
 
 /// What happened to a store on a disk, and to the disk.
-struct Recorded {
-    inside: Inside,
-    log: WriteLog,
+pub struct Recorded {
+    pub inside: Inside,
+    pub log: WriteLog,
     /// Position where the file system was new.
-    start: u64,
+    pub start: u64,
     /// Position where the store was made and an agent had joined.
-    joined: u64,
-    points: Vec<Offered>,
+    pub joined: u64,
+    pub points: Vec<Offered>,
     /// What the volume holds after the last point.
     next: Vec<u8>,
     /// Copies of the agent's state and the position from which on each is the newest.
     states: BTreeMap<u64, String>,
 }
 
-async fn open(mounted: &Path, missing: MissingRoot) -> Result<Arc<dyn ObjectStore>, String> {
+pub async fn open(mounted: &Path, missing: MissingRoot) -> Result<Arc<dyn ObjectStore>, String> {
     match DirStore::open(&mounted.join("store"), missing).await {
         Ok(store) => Ok(Arc::new(store)),
         Err(e) => Err(e.to_string()),
@@ -64,7 +66,15 @@ async fn open(mounted: &Path, missing: MissingRoot) -> Result<Arc<dyn ObjectStor
 
 impl Recorded {
     /// An agent makes points in a store on a disk; the receiver is started anew half way.
-    async fn sync(kind: FileSystem) -> Self {
+    pub async fn sync(kind: FileSystem) -> Self {
+        Self::sync_through(kind, |store, _| store).await
+    }
+
+    /// The same; `through` may put something around the store and gets the folder that it is in.
+    pub async fn sync_through(
+        kind: FileSystem,
+        through: impl FnOnce(Arc<dyn ObjectStore>, PathBuf) -> Arc<dyn ObjectStore>,
+    ) -> Self {
         let inside = Inside::new(true);
         let disk = Arc::new(FaultDisk::new(&inside.path(""), "disk", kind.size()));
         kind.make(disk.path());
@@ -72,30 +82,25 @@ impl Recorded {
         let start = disk.position();
         let store = open(mounted.path(), MissingRoot::Create).await.expect("an empty folder");
         init(&*store).await;
+        let store = through(store, mounted.join("store"));
         let (state, volume) = (inside.path("state"), inside.path("disk.img"));
         let mut random = Random::new(11);
         image::random(&volume, VOLUME, &mut random);
-        let states = Arc::new(Mutex::new(BTreeMap::new()));
-        // What the agent has on its disk at this moment; when a record is about to be written it knows of it already.
-        let save = {
-            let (disk, states, state, folder) = (disk.clone(), states.clone(), state.clone(), inside.path(""));
-            move || {
-                let at = disk.position();
-                let name = format!("state-{at}");
-                copy_folder(&state, &folder.join(&name));
-                states.lock().expect("no copy panics").insert(at, name);
-            }
+        let watcher = Arc::new(Watcher {
+            disk: disk.clone(),
+            state: state.clone(),
+            folder: inside.path(""),
+            states: Mutex::default(),
+            committed: AtomicU64::new(0),
+        });
+        let noting: Arc<dyn ObjectStore> = {
+            let watcher = watcher.clone();
+            Arc::new(Noting::new(store.clone(), move |key, when| watcher.see(key, when)))
         };
-        let at_commit = (save.clone(), state.join("volumes.json"));
-        let noting: Arc<dyn ObjectStore> = Arc::new(Noting::new(store.clone(), move |key, when| {
-            if when == When::Before && key.as_str().contains("/log/") && at_commit.1.exists() {
-                at_commit.0();
-            }
-        }));
         let mut receiving = inside.serve(noting.clone()).await;
         inside.join(store.clone(), &receiving, &state, &volume).await;
         let joined = disk.position();
-        save();
+        watcher.save();
         let mut points = Vec::new();
         for point in 1..=POINTS {
             if point == POINTS / 2 {
@@ -106,8 +111,8 @@ impl Recorded {
             let digest = image::digest(&volume, 65_536);
             let report = inside.round(&receiving, &state).await.expect("nothing fails");
             assert_eq!(report.committed.expect("it always commits").seq.0, point);
-            points.push(Offered { began, acknowledged: disk.position(), bytes, digest });
-            save();
+            points.push(Offered { began, acknowledged: watcher.committed.load(Ordering::SeqCst), bytes, digest });
+            watcher.save();
             change(&volume, point, &mut random);
         }
         receiving.end().await;
@@ -115,44 +120,50 @@ impl Recorded {
         drop(mounted);
         let log = disk.log();
         let next = std::fs::read(&volume).expect("it is there");
-        let states = std::mem::take(&mut *states.lock().expect("no copy panics"));
+        let states = std::mem::take(&mut *watcher.states.lock().expect("no copy panics"));
         Self { inside, log, start, joined, points, next, states }
     }
 
-    /// How many points were acknowledged at this moment.
-    fn acknowledged(&self, at: u64) -> usize {
-        self.points.iter().filter(|p| p.acknowledged <= at).count()
-    }
-
-    /// What the store must be after this power loss. Gives how many points it has.
-    async fn check(&self, mounted: &Path, crash: &Crash, how: Check) -> usize {
+    /// What the store must be after this power loss. Gives how many points it has, or what is wrong with it.
+    pub async fn check(&self, mounted: &Path, crash: &Crash, how: Check) -> Result<usize, String> {
         let store = match open(mounted, MissingRoot::Refuse).await {
-            Ok(store) if crash.at >= self.joined => store,
             // Not more than half made: nothing was promised yet.
-            Ok(_) | Err(_) if crash.at < self.joined => return 0,
-            Ok(_) | Err(_) => panic!("{crash:?}: the store is gone (I2)"),
+            _ if crash.at < self.joined => return Ok(0),
+            result => result.map_err(|e| format!("the store is gone (I2): {e}"))?,
         };
-        let points = self.inside.points(store.clone()).await;
+        let points = self.inside.try_points(store.clone()).await.map_err(|e| format!("the log (I1, I4): {e}"))?;
         let begun = self.points.iter().filter(|p| p.began < crash.at).count();
-        let acknowledged = self.acknowledged(crash.at);
-        let expected: Vec<u64> = (1..=points.len() as u64).collect();
-        assert_eq!(points, expected, "{crash:?}: numbers are contiguous (I4)");
-        assert!(points.len() >= acknowledged, "{crash:?}: point {acknowledged} was acknowledged and is gone (I2)");
-        assert!(points.len() <= begun, "{crash:?}: {} points, and {begun} were begun (I1)", points.len());
+        let acknowledged = self.points.iter().filter(|p| p.acknowledged <= crash.at).count();
+        if !points.iter().copied().eq(1..=points.len() as u64) {
+            return Err(format!("numbers are not contiguous (I4): {points:?}"));
+        }
+        if points.len() < acknowledged {
+            return Err(format!("point {acknowledged} was acknowledged and is gone (I2): {points:?}"));
+        }
+        if points.len() > begun {
+            return Err(format!("points out of nothing (I1): {points:?}, and {begun} were begun"));
+        }
         for (number, offered) in points.iter().zip(&self.points) {
             let report = self.inside.verify(store.clone(), *number).await;
-            let report = report.unwrap_or_else(|e| panic!("{crash:?}: verify of {number}: {e}"));
-            assert!(report.damaged.is_empty(), "{crash:?}: point {number} is damaged (I1): {:?}", report.damaged);
+            let report = report.map_err(|e| format!("verify of {number}: {e}"))?;
+            if !report.damaged.is_empty() {
+                return Err(format!("point {number} is damaged (I1): {:?}", report.damaged));
+            }
             let digest = report.point.map(|p| p.volumes[0].digest.clone());
-            assert_eq!(digest.as_ref(), Some(&offered.digest), "{crash:?}: point {number} is another one (I1)");
+            if digest.as_ref() != Some(&offered.digest) {
+                return Err(format!("point {number} is another one (I1): {digest:?}"));
+            }
             // What is clean must be right: the newest always, and one of the others.
             if how == Check::Quick && *number != points.len() as u64 && *number != 1 + crash.at % points.len() as u64 {
                 continue;
             }
-            let restored = self.inside.restored(store.clone(), *number).await;
-            assert!(restored == offered.bytes, "{crash:?}: point {number} differs from what was offered (I1)");
+            let restored = self.inside.try_restored(store.clone(), *number).await;
+            let restored = restored.map_err(|e| format!("point {number} is clean and can't be restored (I8): {e}"))?;
+            if restored != offered.bytes {
+                return Err(format!("point {number} is clean and differs from what was offered (I1, I8)"));
+            }
         }
-        points.len()
+        Ok(points.len())
     }
 
     /// The receiver starts anew on what is left, and the agent, which lost nothing, makes its next point.
@@ -173,6 +184,35 @@ impl Recorded {
             let restored = self.inside.restored(store, before as u64).await;
             assert!(restored == self.points[before - 1].bytes, "{crash:?}: what was there before differs (I1)");
         }
+    }
+}
+
+/// Notes what happens meanwhile.
+struct Watcher {
+    disk: Arc<FaultDisk>,
+    state: PathBuf,
+    folder: PathBuf,
+    states: Mutex<BTreeMap<u64, String>>,
+    committed: AtomicU64,
+}
+
+impl Watcher {
+    fn see(&self, key: &ObjectKey, when: When) {
+        match when {
+            _ if !key.as_str().contains("/log/") => {}
+            When::After => self.committed.store(self.disk.position(), Ordering::SeqCst),
+            // The agent knows of it already, and waits. The first record is from before it joined.
+            When::Before if self.state.join("volumes.json").exists() => self.save(),
+            When::Before => {}
+        }
+    }
+
+    /// Keeps what the agent has on its disk at this moment.
+    fn save(&self) {
+        let at = self.disk.position();
+        let name = format!("state-{at}");
+        copy_folder(&self.state, &self.folder.join(&name));
+        self.states.lock().expect("no copy panics").insert(at, name);
     }
 }
 
@@ -206,7 +246,7 @@ async fn power_losses(kind: FileSystem, test: &str) {
     for (i, crash) in crashes.iter().enumerate() {
         let mounted = replica.after(&recorded.log, crash).unwrap_or_else(|e| panic!("{crash:?}: does not mount: {e}"));
         let how = if i % THOROUGH == 0 { Check::Thorough } else { Check::Quick };
-        let points = recorded.check(mounted.path(), crash, how).await;
+        let points = recorded.check(mounted.path(), crash, how).await.unwrap_or_else(|e| panic!("{crash:?}: {e}"));
         if how == Check::Thorough && crash.at >= recorded.joined {
             recorded.goes_on(mounted.path(), crash, points).await;
             went_on += 1;

@@ -22,6 +22,7 @@ use backhaul_protocol::wire::message::PointSpec;
 use backhaul_receiver::access::{TokenRequest, make_token};
 use backhaul_receiver::catalog::Catalog;
 use backhaul_receiver::fetch::FetchError;
+use backhaul_receiver::read_error::ReadError;
 use backhaul_receiver::restore::{Prepared, Request};
 use backhaul_receiver::restore_error::RestoreError;
 use backhaul_receiver::salvage::OnDamage;
@@ -199,10 +200,16 @@ impl Inside {
 
     /// Numbers of the points that a store shows.
     pub async fn points(&self, store: Arc<dyn ObjectStore>) -> Vec<u64> {
-        let catalog = Catalog::open(store).await.expect("it is a store");
-        let log = catalog.expect_group(&name(GROUP)).await.expect("the group is there");
-        let history = log.whole_history().await.expect("the log can be read");
-        assert!(history.unreadable.is_empty() && history.broken.is_empty(), "{history:?}");
-        history.points.iter().map(|p| p.seq.0).collect()
+        self.try_points(store).await.expect("the log can be read")
+    }
+
+    /// The same where the log may be damaged.
+    pub async fn try_points(&self, store: Arc<dyn ObjectStore>) -> Result<Vec<u64>, ReadError> {
+        let catalog = Catalog::open(store).await?;
+        let history = catalog.expect_group(&name(GROUP)).await?.whole_history().await?;
+        match history.damage().next() {
+            Some(damage) => Err(damage.clone()),
+            None => Ok(history.points.iter().map(|p| p.seq.0).collect()),
+        }
     }
 }
