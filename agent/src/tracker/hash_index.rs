@@ -2,6 +2,9 @@
 //!
 //! Read first: [`HashIndex::ranges`] and [`HashIndex::page`].
 //!
+//! It is read, not mapped: a sector that can't be read is an error of a read, and would be SIGBUS from a map. An index
+//! that can't be read when it is opened is made anew.
+//!
 //! One flat file for each volume: 64 bytes of header (`BHIX`, version, block size, length), and from byte 4096 on 32
 //! bytes a block; holes are zero blocks. It is changed in place while a round goes on, without any order or flush. That
 //! is enough, because nothing in it is used before its range digest was found equal to the receiver's: a page that
@@ -16,11 +19,13 @@ use std::sync::RwLock;
 use backhaul_protocol::digest::{BlockDigest, RangeDigest, VolumeDigest, VolumeDigester};
 use backhaul_protocol::geometry::{Geometry, PageIndex};
 use backhaul_protocol::ids::VolumeId;
-use backhaul_volume::mapped::{MapError, MappedFile};
 use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 
 const MAGIC: &[u8; 8] = b"BHIX\x01\0\0\0";
 const DIGESTS_START: u64 = 4096;
+/// What a disk or a file system that can't read says.
+const UNREADABLE: [Errno; 3] = [Errno::IO, Errno::UCLEAN, Errno::BADMSG];
 
 /// How the index fails. The agent can always go on without one.
 #[derive(Debug, thiserror::Error)]
@@ -33,24 +38,25 @@ pub enum IndexError {
         /// Why.
         source: std::io::Error,
     },
-    /// The file can't be mapped.
-    #[error(transparent)]
-    Map(#[from] MapError),
-    /// Somebody else wrote to it since it was opened: a round that was given up and was still at its last page.
-    #[error("index {}: it changed while it was in use", path.display())]
-    Changed {
+    /// A page was read when the index was opened, and can't be read as it was then: the disk fails, or a round that was
+    /// given up was still at its last page. The next round opens it anew, and takes from the receiver what is lost.
+    #[error("index {}: page {} is not what it was when the index was opened", path.display(), page.0)]
+    Page {
         /// Which file.
         path: PathBuf,
+        /// Which page.
+        page: PageIndex,
+        /// Why it can't be read; `None`: it reads differently.
+        source: Option<std::io::Error>,
     },
 }
 
 impl IndexError {
-    /// Whether trying again may help: when there is room again.
+    /// Whether trying again may help: when there is room again, or with an index that is made anew.
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Io { source, .. } => source.kind() == std::io::ErrorKind::StorageFull,
-            Self::Map(_) => false,
-            Self::Changed { .. } => true,
+            Self::Page { .. } => true,
         }
     }
 }
@@ -60,45 +66,48 @@ impl IndexError {
 pub struct HashIndex {
     path: PathBuf,
     file: File,
-    map: MappedFile,
     geometry: Geometry,
     ranges: RwLock<Vec<RangeDigest>>,
 }
 
 impl HashIndex {
-    /// Opens the index of a volume, or makes an empty one. One of another geometry keeps what still fits.
+    /// Opens the index of a volume, or makes an empty one. One of another geometry keeps what still fits; one that the
+    /// disk can't read any more is removed first.
     pub fn open(folder: &Path, volume: VolumeId, geometry: Geometry) -> Result<Self, IndexError> {
         let path = folder.join(volume.to_string());
         let io = |source| IndexError::Io { path: path.clone(), source };
         // A cache that somebody cleared away is made again.
         std::fs::create_dir_all(folder).map_err(io)?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(io)?;
+        match Self::open_file(&path, geometry) {
+            Err(e) if e.raw_os_error().is_some_and(|e| UNREADABLE.contains(&Errno::from_raw_os_error(e))) => {
+                tracing::warn!(index = %path.display(), error = %e, "an index can't be read, and is made anew");
+                Self::remove(folder, volume).and_then(|()| Self::open_file(&path, geometry))
+            }
+            result => result,
+        }
+        .map_err(io)
+    }
+
+    fn open_file(path: &Path, geometry: Geometry) -> std::io::Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
         let length = DIGESTS_START + geometry.blocks() * 32;
         let mut header = [0; 64];
         header[..8].copy_from_slice(MAGIC);
         header[8..12].copy_from_slice(&geometry.block_size().to_le_bytes());
         let mut found = [0; 64];
-        let known = file.metadata().map_err(io)?.len() >= DIGESTS_START;
+        let known = file.metadata()?.len() >= DIGESTS_START;
         if known {
-            file.read_exact_at(&mut found, 0).map_err(io)?;
+            file.read_exact_at(&mut found, 0)?;
         }
         if found != header {
-            file.set_len(0).map_err(io)?;
-            file.write_all_at(&header, 0).map_err(io)?;
+            file.set_len(0)?;
+            file.write_all_at(&header, 0)?;
         }
-        if file.metadata().map_err(io)?.len() != length {
-            file.set_len(length).map_err(io)?;
+        if file.metadata()?.len() != length {
+            file.set_len(length)?;
         }
-        let map = MappedFile::open(&path)?;
-        let index = Self { path: path.clone(), file, map, geometry, ranges: RwLock::default() };
-        let ranges = index.compute_ranges().map_err(io)?;
+        let index = Self { path: path.to_owned(), file, geometry, ranges: RwLock::default() };
+        let ranges = index.compute_ranges()?;
         *index.ranges.write().unwrap_or_else(std::sync::PoisonError::into_inner) = ranges;
         Ok(index)
     }
@@ -130,7 +139,7 @@ impl HashIndex {
             if page >= self.geometry.pages() {
                 break;
             }
-            ranges[page as usize] = RangeDigest::of(&self.mapped_page(PageIndex(page)));
+            ranges[page as usize] = RangeDigest::of(&self.read_page(PageIndex(page))?);
             page += 1;
         }
         Ok(ranges)
@@ -152,25 +161,25 @@ impl HashIndex {
         VolumeDigester::of(self.geometry, &self.ranges())
     }
 
-    /// The digests of a page's blocks. They add up to [`Self::range`], which is what the receiver was asked about: the
-    /// file may have been written to meanwhile, and its map shows that at once.
+    /// The digests of a page's blocks; they add up to [`Self::range`].
     pub fn page(&self, page: PageIndex) -> Result<Vec<BlockDigest>, IndexError> {
+        // Holes are not touched: the index of a large sparse volume is one too.
         let range = self.range(page);
-        // Holes are not touched: reading them would fill memory with zeroes, 2 GiB for each 4 TiB of sparse volume.
         if range == RangeDigest::ZERO {
             return Ok(vec![BlockDigest::ZERO; self.geometry.page_blocks(page)]);
         }
-        let digests = self.mapped_page(page);
-        if RangeDigest::of(&digests) != range {
-            return Err(IndexError::Changed { path: self.path.clone() });
-        }
-        Ok(digests)
+        let lost = |source| IndexError::Page { path: self.path.clone(), page, source };
+        let digests = self.read_page(page).map_err(|e| lost(Some(e)))?;
+        // The file may have been written to since, or is read from the disk a second time.
+        if RangeDigest::of(&digests) == range { Ok(digests) } else { Err(lost(None)) }
     }
 
-    fn mapped_page(&self, page: PageIndex) -> Vec<BlockDigest> {
+    fn read_page(&self, page: PageIndex) -> std::io::Result<Vec<BlockDigest>> {
         let (at, len) = self.place(page);
-        let (digests, _) = self.map[at as usize..at as usize + len].as_chunks::<32>();
-        digests.iter().map(|d| BlockDigest(*d)).collect()
+        let mut bytes = vec![0; len];
+        self.file.read_exact_at(&mut bytes, at)?;
+        let (digests, _) = bytes.as_chunks::<32>();
+        Ok(digests.iter().map(|d| BlockDigest(*d)).collect())
     }
 
     /// Replaces the digests of a page, where they differ from what is there.
@@ -210,7 +219,7 @@ mod tests {
         assert_eq!(next.page(PageIndex(0)).expect("whole"), pages[0]);
         store(&given_up, &pages[1]);
         let error = next.page(PageIndex(0)).expect_err("nobody compared these");
-        assert!(matches!(error, IndexError::Changed { .. }) && error.is_retryable(), "{error}");
+        assert!(matches!(error, IndexError::Page { source: None, .. }) && error.is_retryable(), "{error}");
         assert_eq!(open().page(PageIndex(0)).expect("whole"), pages[1]);
     }
 
@@ -226,7 +235,7 @@ mod tests {
         drop(index);
         let large = Geometry::new(65536, 5000 * 65536).expect("legal");
         let index = HashIndex::open(folder.path(), id, large).expect("opens");
-        assert_eq!(index.page(PageIndex(1)).expect("whole")[..476], digests);
+        assert_eq!(index.page(PageIndex(1)).expect("it can be read")[..476], digests);
         assert_eq!(index.ranges()[1], RangeDigest::of(&digests));
         drop(index);
         let other = Geometry::new(32768, 5000 * 65536).expect("legal");
