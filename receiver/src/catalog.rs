@@ -232,6 +232,7 @@ impl GroupLog {
             && let Some((theirs, found)) = self.read(record.seq).await?
         {
             let ours = theirs.commit == record.commit;
+            self.store.settle(self.keys.log(record.seq).as_str()).await?;
             return Ok((if ours { Appended::Ours } else { Appended::Theirs(Box::new(theirs)) }, found, len));
         }
         let key = self.keys.log(record.seq);

@@ -89,6 +89,9 @@ impl ObjectStore for Sloppy {
     async fn delete(&self, key: &ObjectKey) -> Result<(), StoreError> {
         self.real.delete(key).await
     }
+    async fn settle(&self, prefix: &str) -> Result<(), StoreError> {
+        self.real.settle(prefix).await
+    }
     fn describe(&self) -> String {
         self.real.describe()
     }

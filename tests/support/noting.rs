@@ -66,6 +66,9 @@ impl<S: ObjectStore> ObjectStore for Noting<S> {
     async fn delete(&self, key: &ObjectKey) -> Result<(), StoreError> {
         self.inner.delete(key).await
     }
+    async fn settle(&self, prefix: &str) -> Result<(), StoreError> {
+        self.inner.settle(prefix).await
+    }
     fn describe(&self) -> String {
         self.inner.describe()
     }

@@ -104,6 +104,15 @@ impl KnownHead {
         let (generation, seq) = (head.record.generation, head.record.seq);
         let binding = DraftBinding { group: log.group(), base_commit: head.record.commit };
         let draft = Draft::recover(log.store(), log.keys(), binding, generation, seq, head.max_capture()).await?;
+        // All of this may be told to an agent as committed or as arrived: it must not go away any more (I3).
+        let written = [
+            log.keys().log(seq).to_string(),
+            log.keys().draft_segments(generation, seq),
+            log.keys().draft_maps(generation, seq),
+        ];
+        for prefix in written {
+            log.store().settle(&prefix).await?;
+        }
         let end_capture = end_of_captures(head.max_capture().max(draft.max_capture));
         let ids = Arc::new(Mutex::new(IdSource::new(seq, generation, random::number())));
         Ok(Self { head, hash, layers, ranges: BTreeMap::new(), is_mending, draft, ids, end_capture })

@@ -290,6 +290,10 @@ impl<S: ObjectStore> ObjectStore for FaultStore<S> {
         self.leave(fault, Verb::Delete, key.as_str(), result).await
     }
 
+    async fn settle(&self, prefix: &str) -> Result<(), StoreError> {
+        self.inner.settle(prefix).await
+    }
+
     fn describe(&self) -> String {
         format!("{}, with faults", self.inner.describe())
     }

@@ -75,6 +75,13 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
     /// Removes the object; that there is none is fine.
     async fn delete(&self, key: &ObjectKey) -> Result<(), StoreError>;
 
+    /// What can be seen of the folder that these keys are in survives a power loss when this returns, whoever wrote it:
+    /// a writer that was killed may have come to the name and not to its flush. To be called before anybody is told
+    /// that something is committed. Nothing to do where what can be seen is durable; decorators hand it on.
+    async fn settle(&self, _prefix: &str) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     /// Where this is, for messages. Holds no secret.
     fn describe(&self) -> String;
 
@@ -151,6 +158,9 @@ impl<S: ObjectStore + ?Sized> ObjectStore for Arc<S> {
     }
     async fn delete(&self, key: &ObjectKey) -> Result<(), StoreError> {
         (**self).delete(key).await
+    }
+    async fn settle(&self, prefix: &str) -> Result<(), StoreError> {
+        (**self).settle(prefix).await
     }
     fn describe(&self) -> String {
         (**self).describe()

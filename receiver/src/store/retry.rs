@@ -195,6 +195,11 @@ impl<S: ObjectStore> ObjectStore for Retrying<S> {
         self.repeat((Verb::Delete, key.as_str(), 0), || self.inner.delete(key)).await
     }
 
+    /// Not repeated: a flush that failed would succeed the second time without having written anything.
+    async fn settle(&self, prefix: &str) -> Result<(), StoreError> {
+        self.inner.settle(prefix).await
+    }
+
     fn describe(&self) -> String {
         self.inner.describe()
     }

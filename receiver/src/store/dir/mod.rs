@@ -238,6 +238,11 @@ impl ObjectStore for DirStore {
         self.run(Verb::Delete, key, |root, key| root.delete(key)).await
     }
 
+    async fn settle(&self, prefix: &str) -> Result<(), StoreError> {
+        let (root, prefix) = (Arc::clone(&self.root), prefix.to_owned());
+        blocking(Verb::List, prefix.clone(), move || root.settle(&prefix)).await
+    }
+
     fn describe(&self) -> String {
         format!("folder {}", self.root.path.display())
     }

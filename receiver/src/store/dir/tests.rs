@@ -219,3 +219,34 @@ async fn hard_links_publish_without_clobbering() {
     assert_eq!(store.get(&a, 10).await.unwrap(), "first");
     assert_eq!(tmp_files(&store), [""; 0]);
 }
+
+/// What another process gave its name and did not flush, because it was killed: whoever is told of it builds on it (I3).
+#[tokio::test]
+async fn what_can_be_seen_is_flushed_before_it_is_told() {
+    let flushed = Arc::new(Mutex::new(Vec::new()));
+    let (seen, fails) = (Arc::clone(&flushed), Arc::new(AtomicBool::new(false)));
+    let failing = Arc::clone(&fails);
+    let (dir, store) = with_flush(move |fd| {
+        seen.lock().unwrap().push(rustix::fs::fstat(fd)?.st_ino);
+        if failing.load(std::sync::atomic::Ordering::SeqCst) { Err(Errno::IO) } else { Ok(()) }
+    })
+    .await;
+    std::fs::create_dir_all(dir.path().join("a/b")).unwrap();
+    std::fs::write(dir.path().join("a/b/c"), b"left by a killed writer").unwrap();
+    let inode = std::fs::metadata(dir.path().join("a/b")).unwrap().ino();
+    for prefix in ["a/b/c", "a/b/", "a/b/0001-"] {
+        flushed.lock().unwrap().clear();
+        store.settle(prefix).await.unwrap();
+        assert_eq!(*flushed.lock().unwrap(), [inode], "{prefix}");
+    }
+    store.settle("no/such/folder").await.unwrap();
+    // Once that has failed nothing that is there can be called durable, and no flush is tried again (F6).
+    fails.store(true, std::sync::atomic::Ordering::SeqCst);
+    for _ in 0..2 {
+        flushed.lock().unwrap().clear();
+        let error = store.settle("a/b/c").await.unwrap_err();
+        assert!(error.to_string().contains("restarted"), "{error}");
+    }
+    assert_eq!(flushed.lock().unwrap().len(), 0);
+    assert_eq!(store.get(&key("a/b/c"), 100).await.unwrap(), "left by a killed writer", "reading goes on");
+}

@@ -7,6 +7,7 @@
 //!
 //! A flush that failed is never tried again: the kernel would say yes to pages that it has dropped.
 
+use std::fmt;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
@@ -80,6 +81,20 @@ impl Root {
         Ok(())
     }
 
+    /// The same for all that can be seen in a folder. Content was flushed before it got its name, and so were the
+    /// folders above before anything was put into this one.
+    pub(super) fn settle(&self, prefix: &str) -> Result<(), StoreError> {
+        let folder = prefix.rsplit_once('/').map_or("", |(folder, _)| folder);
+        if self.broken.load(Ordering::SeqCst) {
+            return Err(self.broken(Verb::List, prefix));
+        }
+        match self.open_folder(folder) {
+            Err(Errno::NOENT) => Ok(()),
+            Err(errno) => Err(failure(Verb::List, prefix, "open the folder", errno)),
+            Ok(fd) => self.flush(Verb::List, prefix, &fd),
+        }
+    }
+
     /// Whether the object is there **and** will be after a power loss: who is told `Exists` may build on it, and its
     /// writer may not have come to its own flush yet.
     fn exists_flushed(&self, key: &ObjectKey) -> Result<bool, StoreError> {
@@ -144,7 +159,7 @@ impl Root {
     }
 
     /// Flushes a file or folder, and remembers for good if that failed.
-    pub(super) fn flush(&self, verb: Verb, key: &ObjectKey, fd: impl AsFd) -> Result<(), StoreError> {
+    pub(super) fn flush(&self, verb: Verb, key: impl fmt::Display, fd: impl AsFd) -> Result<(), StoreError> {
         match (self.flush)(fd.as_fd()) {
             Ok(()) => Ok(()),
             // Delayed allocation finds out late. The temp file goes away, and a later call writes its own.
@@ -167,7 +182,7 @@ impl Root {
         }
     }
 
-    fn broken(&self, verb: Verb, key: &ObjectKey) -> StoreError {
+    fn broken(&self, verb: Verb, key: impl fmt::Display) -> StoreError {
         let what = format!(
             "the disk failed to flush, and what was written may be lost; nothing more is written to {} until the disk \
              was checked and the receiver restarted",
