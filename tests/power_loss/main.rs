@@ -7,3 +7,4 @@ mod bite;
 mod disk;
 mod state;
 mod store;
+mod told;

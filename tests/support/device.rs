@@ -168,4 +168,20 @@ impl SmallDisk {
             .expect("there is room");
         ballast
     }
+
+    /// [`Self::fill`] to the last blocks, which a single file can't take; removing the files gives the room back.
+    pub fn fill_up(&self, but: u64) -> Vec<PathBuf> {
+        let mut files = vec![self.fill(but.max(1 << 20))];
+        for n in 0.. {
+            let stat = rustix::fs::statvfs(self.path()).expect("mounted");
+            let path = self.path().join(format!("ballast-{n}"));
+            if stat.f_bavail * stat.f_frsize <= but || std::fs::write(&path, [1; 4096]).is_err() {
+                // The folder's own blocks may have taken the last ones.
+                files.push(path);
+                break;
+            }
+            files.push(path);
+        }
+        files
+    }
 }

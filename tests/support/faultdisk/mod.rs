@@ -17,7 +17,7 @@ use std::sync::Mutex;
 
 pub use log::{Crash, Kept, WriteLog};
 pub use order::{Effect, Op, Order, Rule, Told};
-pub use replica::{FileSystem, Replica};
+pub use replica::{FileSystem, Mounted, Replica};
 
 use crate::Loop;
 use crate::process::program;
