@@ -124,7 +124,8 @@ impl Recorded {
         std::fs::write(self.inside.path("disk.img"), &content).expect("there is room");
         let receiving = self.inside.serve(store.clone()).await;
         let report = self.inside.round(&receiving, &state).await;
-        receiving.end().await;
+        // It waits for a connection that is gone; nothing here waits for it.
+        tokio::spawn(receiving.end());
         let report = report.unwrap_or_else(|e| panic!("{crash:?}, {points} points: no way on (I5): {e}"));
         let newest = report.committed.expect("it always commits").seq.0;
         assert_eq!(newest, points + 1, "{crash:?}: numbers are contiguous (I4)");
@@ -140,7 +141,7 @@ async fn power_losses(kind: FileSystem, test: &str) {
     let started = Instant::now();
     let recorded = Recorded::sync(kind).await;
     let mut random = Random::printed(test);
-    let crashes = recorded.log.crashes(recorded.start, kind.sector(), 3, random.number());
+    let crashes = recorded.log.crashes(recorded.start, kind.sector(), 2, random.number());
     let mut replica = Replica::new(&recorded.inside.path(""), "replica", kind);
     for crash in &crashes {
         let mounted = replica.after(&recorded.log, crash).unwrap_or_else(|e| panic!("{crash:?}: does not mount: {e}"));

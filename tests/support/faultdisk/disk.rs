@@ -81,8 +81,10 @@ impl Disk {
             Some(Effect::Drop) => return Ok(()),
             Some(Effect::Flip) => flip(&mut bytes),
             Some(Effect::Shift(by)) => {
+                // The other way at the ends of the disk: elsewhere is elsewhere.
                 let last = self.size() - bytes.len() as u64;
-                start = start.checked_add_signed(by).map_or(0, |s| s.min(last));
+                let there = |by: i64| start.checked_add_signed(by).filter(|there| *there <= last);
+                start = there(by).or(there(-by)).unwrap_or(start);
             }
             Some(Effect::Lie) | None => {}
         }
