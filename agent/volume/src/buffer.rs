@@ -3,38 +3,39 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 
+use memmap2::MmapMut;
+
 /// The strictest alignment that a device asks of memory: a page.
 pub const ALIGNMENT: usize = 4096;
 
-/// Zeroed bytes on the heap that begin at a page. Fixed length.
+/// Zeroed bytes that begin at a page: a mapping of their own. Fixed length.
 pub struct AlignedBuffer {
-    // Over-allocated by a page instead of an allocation of our own with a layout: that would be `unsafe` for 4 KiB.
-    // A `Box` and not a `Vec`: it never moves its bytes.
-    memory: Box<[u8]>,
-    start: usize,
+    memory: MmapMut,
     len: usize,
 }
 
 impl AlignedBuffer {
     /// `len` zero bytes.
+    ///
+    /// # Panics
+    /// If there is no memory left, as any allocation does.
     pub fn new(len: usize) -> Self {
-        let memory = vec![0; len + ALIGNMENT].into_boxed_slice();
-        let start = memory.as_ptr().align_offset(ALIGNMENT);
-        assert!(start < ALIGNMENT, "a page boundary is within a page of any address");
-        Self { memory, start, len }
+        // An empty mapping is none.
+        let memory = MmapMut::map_anon(len.max(1)).expect("no memory left");
+        Self { memory, len }
     }
 }
 
 impl Deref for AlignedBuffer {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.memory[self.start..self.start + self.len]
+        &self.memory[..self.len]
     }
 }
 
 impl DerefMut for AlignedBuffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.len]
+        &mut self.memory[..self.len]
     }
 }
 

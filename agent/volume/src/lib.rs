@@ -5,7 +5,7 @@
 //! it refuses).
 //!
 //! What this crate never does: hash, compress, talk to a network, or decide what to read. All `unsafe` of the project
-//! is here, in `sys` (system calls that rustix lacks) and [`mapped`]; every other crate denies it.
+//! is here, in `sys` (system calls that rustix lacks); every other crate denies it.
 
 pub mod aim;
 pub mod buffer;
@@ -13,7 +13,6 @@ mod direct;
 pub mod durable;
 mod error;
 pub mod identity;
-pub mod mapped;
 pub mod mem;
 pub mod rebuild;
 pub mod scan;

@@ -12,7 +12,6 @@ use backhaul_protocol::wire::message::PointSpec;
 use backhaul_receiver::catalog::Catalog;
 use backhaul_receiver::scrub::{Scrub, Share, verify_group};
 use backhaul_receiver::store::ObjectStore;
-use backhaul_receiver::store::mem::MemStore;
 use bytes::{Bytes, BytesMut};
 use tokio::sync::Semaphore;
 
@@ -100,7 +99,7 @@ async fn is_clean(store: &Arc<dyn ObjectStore>, name: &Name, group: &Group, seq:
         group: name.clone(),
         log: catalog.log(group.id),
         volume: None,
-        share: Share::All,
+        share: Share::parse("100%").expect("a percentage"),
         threads: Arc::new(Semaphore::new(2)),
     };
     let mut progress = Output::new(false, true, |_| None).progress(1);

@@ -240,9 +240,9 @@ fn script(chance: &Chance, ops: &mut Vec<Op>) {
     let write = || Op::Write { node, volume: chance.below(2) as usize, writes: writes(chance) };
     let many =
         || Op::Write { node, volume: 0, writes: (0..BLOCKS as usize).map(|b| (b, chance.below(5) as u32)).collect() };
-    match chance.below(6) {
+    match chance.below(14) {
         // A receiver falls asleep over a commit, others go on, the log is pruned, it wakes up.
-        0 => {
+        0..4 => {
             ops.extend([join(), write(), sync(receiver), Op::Wait(chance.between(20, 400)), Op::Pause { receiver }]);
             ops.extend([Op::KillAgent { node }, Op::Mend { node, receiver: receiver + 1 }]);
             for _ in 0..chance.between(1, 5) {
@@ -255,7 +255,7 @@ fn script(chance: &Chance, ops: &mut Vec<Op>) {
             ]);
         }
         // A large draft over a slow link, broken off, and taken up again with other content.
-        1 => {
+        4..7 => {
             let longest = chance.pick(&[300, 2000]);
             ops.extend([join(), many(), Op::Delay { node, receiver, longest }, sync(receiver)]);
             ops.extend([Op::Wait(chance.between(100, 6000)), Op::KillAgent { node }]);
@@ -263,7 +263,7 @@ fn script(chance: &Chance, ops: &mut Vec<Op>) {
             ops.extend([many(), Op::Mend { node, receiver }, sync(receiver), join()]);
         }
         // An answer is lost, and the state is put back to before it.
-        2 => {
+        7..9 => {
             ops.extend([join(), write(), Op::Keep { node }, sync(receiver), Op::Wait(chance.between(20, 200))]);
             ops.extend([Op::Cut { node, receiver, from_agent: false }, Op::Wait(chance.between(100, 60_000))]);
             ops.extend([Op::KillAgent { node }, Op::Mend { node, receiver }]);
@@ -273,14 +273,14 @@ fn script(chance: &Chance, ops: &mut Vec<Op>) {
             ops.extend([write(), sync(receiver), join()]);
         }
         // The bucket is put back to where the log is open to anybody who is in the group.
-        3 => {
+        9 => {
             ops.extend([Op::Adopt { node }, Op::KeepBucket, join(), write(), sync(receiver), join(), write()]);
             ops.extend([sync(receiver), join(), Op::PutBackBucket { orphans: chance.happens(0.7) }]);
             ops.extend([0, 1].map(|receiver| Op::StartReceiver { receiver }));
             ops.extend([sync(receiver), join(), Op::Adopt { node }, write(), sync(receiver), join()]);
         }
         // The same with drafts left behind that belong to records which are gone.
-        4 => {
+        10 => {
             ops.extend([join(), write(), sync(receiver), join(), Op::KeepBucket]);
             ops.extend([write(), sync(receiver), join(), many(), sync(receiver), Op::Wait(chance.between(100, 2000))]);
             ops.extend([Op::KillAgent { node }, Op::Wait(8000), Op::PutBackBucket { orphans: true }]);
