@@ -38,8 +38,18 @@ pub enum HttpFault {
     Stall(usize),
     /// One bit of this byte of the reply's body is flipped.
     Flip(usize),
+    /// The reply's body comes, so many bytes every 50 ms.
+    Drip(usize),
     /// The reply has the whole object where a part was asked for.
     NoRanges,
+    /// The connection is closed after so many bytes of the request's body, and nothing is done.
+    CutUpload(usize),
+    /// The request's body is never read, and no reply ever comes: 0 B/s.
+    StalledUpload,
+    /// One bit of this byte of the request's body is flipped on the way.
+    FlipUpload(usize),
+    /// Nothing is done, and this status and body come back, as from a proxy that stands in between.
+    Say(u16, &'static str),
 }
 
 /// Mark on a request that the server does not look at its range.
@@ -143,7 +153,17 @@ impl Front {
         match &fault {
             Some(HttpFault::Refuse(status, code)) => return refuse(*status, code, None),
             Some(HttpFault::WrongRegion(region)) => return refuse(301, "PermanentRedirect", Some(region)),
+            Some(HttpFault::Say(status, body)) => return say(*status, body),
             Some(HttpFault::LostRequest) => return Err("the request was lost on purpose".into()),
+            Some(HttpFault::StalledUpload) => std::future::pending::<()>().await,
+            Some(HttpFault::CutUpload(at)) => {
+                read_at_least(request.body_mut(), *at).await;
+                return Err("the request was cut on purpose".into());
+            }
+            Some(HttpFault::FlipUpload(at)) => {
+                let body = request.body_mut().store_all_limited(1 << 30).await?;
+                *request.body_mut() = Body::from(flipped(body, *at));
+            }
             Some(HttpFault::Delay(time)) => tokio::time::sleep(*time).await,
             // The header is signed, so the server must see it.
             Some(HttpFault::NoRanges) => drop(request.extensions_mut().insert(IgnoreRange)),
@@ -159,18 +179,44 @@ impl Front {
             Some(HttpFault::Cut(at)) => (at, End::Cut),
             Some(HttpFault::Stall(at)) => (at, End::Stall),
             Some(HttpFault::Flip(at)) => (at, End::Clean),
+            Some(HttpFault::Drip(bytes)) => {
+                let all = body.store_all_limited(1 << 30).await?;
+                let next = tokio::time::interval(Duration::from_millis(50));
+                return Ok(Response::from_parts(head, Reply::Dripping { all, bytes, next }));
+            }
             _ => return Ok(Response::from_parts(head, Reply::Whole(body))),
         };
         let mut all = body.store_all_limited(1 << 30).await?;
         if end == End::Clean {
-            let mut flipped = all.to_vec();
-            flipped[at] ^= 1;
-            all = flipped.into();
+            all = flipped(all, at);
         } else {
             all.truncate(at);
         }
         Ok(Response::from_parts(head, Reply::Scripted([all].into(), end)))
     }
+}
+
+/// A bit of this byte flipped, where there is one.
+fn flipped(bytes: Bytes, at: usize) -> Bytes {
+    let mut bytes = bytes.to_vec();
+    if let Some(byte) = bytes.get_mut(at) {
+        *byte ^= 1;
+    }
+    bytes.into()
+}
+
+async fn read_at_least(body: &mut Body, bytes: usize) {
+    let mut seen = 0;
+    while seen < bytes {
+        let frame = std::future::poll_fn(|cx| hyper::body::Body::poll_frame(Pin::new(&mut *body), cx)).await;
+        let Some(Ok(frame)) = frame else { return };
+        seen += frame.data_ref().map_or(0, Bytes::len);
+    }
+}
+
+fn say(status: u16, body: &'static str) -> Result<Response<Reply>, AnyError> {
+    let response = Response::builder().status(StatusCode::from_u16(status)?).header("content-type", "text/html");
+    Ok(response.body(Reply::Whole(Body::from(body.to_owned())))?)
 }
 
 fn refuse(status: u16, code: &str, region: Option<&str>) -> Result<Response<Reply>, AnyError> {
@@ -204,6 +250,7 @@ pub(crate) enum End {
 pub(crate) enum Reply {
     Whole(Body),
     Scripted(VecDeque<Bytes>, End),
+    Dripping { all: Bytes, bytes: usize, next: tokio::time::Interval },
 }
 
 impl hyper::body::Body for Reply {
@@ -219,6 +266,11 @@ impl hyper::body::Body for Reply {
                 (None, End::Cut) => Poll::Ready(Some(Err("the reply was cut on purpose".into()))),
                 (None, End::Stall) => Poll::Pending,
             },
+            Reply::Dripping { all, .. } if all.is_empty() => Poll::Ready(None),
+            Reply::Dripping { all, bytes, next } => {
+                std::task::ready!(next.poll_tick(cx));
+                Poll::Ready(Some(Ok(Frame::data(all.split_to((*bytes).min(all.len()))))))
+            }
         }
     }
 
@@ -226,13 +278,14 @@ impl hyper::body::Body for Reply {
         match self {
             Reply::Whole(body) => body.is_end_stream(),
             Reply::Scripted(parts, end) => parts.is_empty() && *end == End::Clean,
+            Reply::Dripping { all, .. } => all.is_empty(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
             Reply::Whole(body) => body.size_hint(),
-            Reply::Scripted(..) => SizeHint::default(),
+            Reply::Scripted(..) | Reply::Dripping { .. } => SizeHint::default(),
         }
     }
 }
