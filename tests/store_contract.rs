@@ -584,6 +584,26 @@ mod bucket {
         assert_eq!(kind(store.get_range(&key("a"), 2..4).await), Kind::Config);
     }
 
+    /// I3: a proxy or a sign-in page says 200 to everything, and nothing is written.
+    #[tokio::test]
+    async fn an_answer_that_is_not_that_of_a_store_is_none() {
+        let s3 = TestS3::start();
+        let store = bare(&s3).await;
+        store.put_new(&key("a"), bytes("body")).await.unwrap();
+        s3.fault(Rule::default(), HttpFault::Say(200, "<html>Please sign in.</html>"));
+        let (a, b) = (key("a"), key("b"));
+        for error in [
+            store.put_new(&b, bytes("x")).await.expect_err("nothing was written"),
+            store.put_hint(&b, bytes("x")).await.expect_err("nothing was written"),
+            store.get(&a, 1000).await.expect_err("these are other bytes"),
+            store.get_range(&a, 0..1).await.expect_err("these are other bytes"),
+            store.list("", None, 10).await.expect_err("this is no list"),
+        ] {
+            assert_eq!((error.kind(), error.is_retryable()), (Kind::Unavailable, true), "{error}");
+            assert!(error.to_string().contains("right endpoint"), "{error}");
+        }
+    }
+
     #[tokio::test]
     async fn names_that_are_not_ours_are_not_listed() {
         let s3 = TestS3::start();

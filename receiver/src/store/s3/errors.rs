@@ -98,6 +98,8 @@ impl S3Store {
             }
             (404, _) => (Kind::Config, format!("{at} knows no bucket {bucket}; is this the right endpoint?")),
             (416, _) => (Kind::Corrupt, "it ends before the part that was asked for begins".to_owned()),
+            // Not what S3 says to a request like this, and not XML.
+            (200..=299, _) => (Kind::Unavailable, no_s3(at)),
             (501, _) => (Kind::Config, format!("{at} cannot do this, and Backhaul needs it")),
             _ => (Kind::Other, format!("{at} refused it")),
         }
@@ -126,6 +128,13 @@ impl fmt::Display for Said {
 }
 
 impl Error for Said {}
+
+/// The words for an answer that no S3 server gives.
+pub(super) fn no_s3(at: &str) -> String {
+    format!(
+        "the answer from {at} is not that of an S3 server; is this the right endpoint, or does a proxy stand before it?"
+    )
+}
 
 /// Why there is no connection, in words of what to look at.
 fn unreachable(at: &str, cause: &str) -> String {

@@ -92,8 +92,17 @@ impl S3Store {
         len: usize,
     ) -> Result<(), StoreError> {
         let send = async { put.send().await.map_err(|error| self.failure(verb, key, error)) };
-        self.within(self.settings.limit(len), verb, key.as_str(), send).await?;
-        Ok(())
+        let reply = self.within(self.settings.limit(len), verb, key.as_str(), send).await?;
+        self.check_etag(verb, key, reply.e_tag())
+    }
+
+    /// A proxy or a sign-in page says 200 to everything, also to a PUT that went nowhere. Every S3 server names the
+    /// ETag of what it stored or sends.
+    fn check_etag(&self, verb: Verb, key: &ObjectKey, etag: Option<&str>) -> Result<(), StoreError> {
+        match etag {
+            Some(_) => Ok(()),
+            None => Err(StoreError::new(Kind::Unavailable, verb, key, errors::no_s3(&self.endpoint))),
+        }
     }
 
     /// Reads a body of exactly `len` bytes. More cannot come: the client stops at the length in the header, which was
@@ -165,6 +174,7 @@ impl ObjectStore for S3Store {
         let get = get.checksum_mode(ChecksumMode::Enabled);
         let send = async { get.send().await.map_err(|error| self.failure(Verb::Get, key, error)) };
         let reply = self.within(self.settings.limit(0), Verb::Get, key.as_str(), send).await?;
+        self.check_etag(Verb::Get, key, reply.e_tag())?;
         let Some(len) = reply.content_length().and_then(|len| u64::try_from(len).ok()) else {
             let what = format!("{} does not say how long it is", self.endpoint);
             return Err(StoreError::new(Kind::Config, Verb::Get, key, what));
@@ -185,6 +195,7 @@ impl ObjectStore for S3Store {
         let get = get.range(format!("bytes={}-{}", range.start, range.end - 1));
         let send = async { get.send().await.map_err(|error| self.failure(Verb::GetRange, key, error)) };
         let reply = self.within(self.settings.limit(0), Verb::GetRange, key.as_str(), send).await?;
+        self.check_etag(Verb::GetRange, key, reply.e_tag())?;
         match content_range(&reply) {
             // S3 shortens a range that goes beyond the end, and calls that success.
             Some((_, whole)) if whole < range.end => return Err(too_short(key, whole, &range)),
