@@ -51,6 +51,7 @@ fn main() -> ExitCode {
     };
     let common = cli.common.clone();
     let signals = if matches!(cli.command, Command::Serve(_)) { Signals::Own } else { Signals::End };
+    backhaul_volume::give_back_large_blocks();
     backhaul_cli::run(&common, cmd::meaning, signals, |out| dispatch(cli, out))
 }
 

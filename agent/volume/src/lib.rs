@@ -33,6 +33,7 @@ use backhaul_protocol::geometry::ByteOffset;
 pub use error::VolumeError;
 pub use identity::{Identity, IdentityMatch};
 pub use source::Source;
+pub use sys::give_back_large_blocks;
 
 /// The read side of a block device, an image file, or memory in tests.
 pub trait Volume: Send + Sync {
