@@ -8,6 +8,7 @@ pub mod catalog;
 pub mod cmd;
 pub mod config;
 pub mod counting;
+pub mod credit;
 pub mod draft;
 pub mod dry_run;
 pub mod fetch;

@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::catalog::Catalog;
+use crate::credit::Credit;
 use crate::limits::Limits;
 use crate::quota::Quota;
 use crate::round::{GroupState, RoundResources};
@@ -47,8 +48,9 @@ impl Default for ServerSettings {
     fn default() -> Self {
         Self {
             listen: SocketAddr::from(([0, 0, 0, 0], 4433)),
-            // With QUIC windows and the indexes of open rounds this stays under 256 MiB.
-            memory: 96 << 20,
+            // The HTTP client copies what it sends, so this counts twice; with the credit of QUIC, what sessions have in
+            // their hands and the indexes of open rounds the process stays under 256 MiB (tests/e2e/stalled_store.rs).
+            memory: 64 << 20,
             segment_size: backhaul_protocol::limits::DEFAULT_SEGMENT_SIZE as usize,
             max_sessions: 200,
             // A revoked agent is thrown out within 30 s; this leaves room for a slow store.
@@ -157,6 +159,8 @@ pub struct Shared {
     pub strangers: Arc<Quota<IpAddr>>,
     /// Sessions that are open.
     pub sessions: Arc<Quota<AgentId>>,
+    /// For what agents send and is not read yet.
+    pub credit: Arc<Credit>,
     /// Numbers sessions in logs.
     pub session_numbers: AtomicU64,
 }
@@ -190,6 +194,7 @@ impl Shared {
             handshakes: Quota::new(MAX_HANDSHAKES, MAX_HANDSHAKES_OF_ONE_ADDRESS),
             strangers: Quota::new(MAX_STRANGERS, MAX_STRANGERS_OF_ONE_ADDRESS),
             sessions,
+            credit: Credit::new(),
             session_numbers: AtomicU64::new(1),
         })
     }

@@ -211,7 +211,8 @@ async fn serve_agent(
             return Ok(end(out, writer, reader, &mut messages, CloseCode::Refused).await);
         }
     };
-    link.trust();
+    let window = shared.credit.grant();
+    link.allow(window.bytes());
     let mut session = Session::new(shared.clone(), identity, known, link.clone(), out.clone(), busy);
     let (stop, stopping) = watch::channel(None);
     let reason = reason_to_end(shared, &identity, link, session.superseded(), &mut shutdown);

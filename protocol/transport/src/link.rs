@@ -10,7 +10,7 @@ use backhaul_protocol::wire::message::CloseCode;
 use bytes::Bytes;
 use quinn::VarInt;
 
-use crate::endpoint::{Endpoint, Windows};
+use crate::endpoint::Endpoint;
 use crate::error::TransportError;
 
 /// A connection. Every method that waits is cancel safe.
@@ -24,8 +24,8 @@ pub trait Link: Send + Sync {
     async fn open_blocks(&self) -> Result<Box<dyn SendHalf>, TransportError>;
     /// Accepts a block stream.
     async fn accept_blocks(&self) -> Result<Box<dyn ReceiveHalf>, TransportError>;
-    /// The other side has shown who it is and may send as much as blocks need.
-    fn trust(&self);
+    /// So many bytes may be on their way to us and not read yet.
+    fn allow(&self, bytes: u32);
     /// Ends it with a reason that the other side can show.
     fn close(&self, code: CloseCode, text: &str);
     /// Why it has ended; `None` while it has not.
@@ -90,8 +90,8 @@ impl Link for QuicLink {
     async fn accept_blocks(&self) -> Result<Box<dyn ReceiveHalf>, TransportError> {
         Ok(Box::new(self.connection.accept_uni().await?))
     }
-    fn trust(&self) {
-        self.connection.set_receive_window(VarInt::from_u32(Windows::BLOCKS.receive));
+    fn allow(&self, bytes: u32) {
+        self.connection.set_receive_window(VarInt::from_u32(bytes));
     }
     fn close(&self, code: CloseCode, text: &str) {
         self.connection.close(VarInt::from_u32(code as u32), text.as_bytes());

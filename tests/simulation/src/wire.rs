@@ -420,7 +420,7 @@ impl Link for SimLink {
     async fn accept_blocks(&self) -> Result<Box<dyn ReceiveHalf>, TransportError> {
         Ok(Box::new(self.accept(&self.shared.blocks[self.end as usize]).await?))
     }
-    fn trust(&self) {}
+    fn allow(&self, _bytes: u32) {}
     fn close(&self, code: CloseCode, text: &str) {
         if !self.shared.is_open(self.end) || self.shared.gates[self.end as usize].process() == Process::Dead {
             return;
