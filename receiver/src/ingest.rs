@@ -15,6 +15,10 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::segment_writer::SegmentWriter;
 
+/// Batches of one round that are verified, or wait for room, at the same time: one for each of two cores and one that is
+/// handed on. Where the store takes nothing, this many of every session are in memory beside the budget.
+const TURNS: usize = 3;
+
 /// One round's records.
 #[derive(Debug)]
 pub struct Ingest {
@@ -22,6 +26,8 @@ pub struct Ingest {
     writer: Arc<SegmentWriter>,
     /// Threads that may verify at once, of all sessions.
     verifiers: Arc<Semaphore>,
+    /// Streams of this round that may have a batch in their hands.
+    turns: Semaphore,
     progress: watch::Sender<Progress>,
     bytes: AtomicU64,
 }
@@ -39,7 +45,14 @@ impl Ingest {
     /// For one round.
     pub fn new(admission: Admission, writer: Arc<SegmentWriter>, verifiers: Arc<Semaphore>) -> Arc<Self> {
         let progress = watch::Sender::new(Progress::default());
-        Arc::new(Self { admission, writer, verifiers, progress, bytes: AtomicU64::new(0) })
+        Arc::new(Self {
+            admission,
+            writer,
+            verifiers,
+            turns: Semaphore::new(TURNS),
+            progress,
+            bytes: AtomicU64::new(0),
+        })
     }
 
     /// Where the records go.
@@ -67,7 +80,10 @@ impl Ingest {
     async fn take_stream(&self, mut reader: RecordReader) -> Result<(), BlockStreamError> {
         // One verifier stays with the stream: a new decompressor per batch would cost more than the batch.
         let mut verifier = Some(Verifier::new().map_err(|_| BlockStreamError::Cut)?);
-        while let Some(batch) = reader.next_batch().await? {
+        while reader.has_record().await? {
+            // Until here a stream holds one record at most, and that is all that those hold which wait for a turn.
+            let turn = self.turns.acquire().await.expect("never closed");
+            let Some(batch) = reader.next_batch().await? else { break };
             let permit = self.verifiers.clone().acquire_owned().await.expect("never closed");
             let admission = self.admission.clone();
             let mut own = verifier.take().expect("put back below");
@@ -83,6 +99,7 @@ impl Ingest {
             if !lost {
                 self.writer.push(&batch, &records).await;
             }
+            drop(turn);
             self.bytes.fetch_add(batch.len() as u64, Ordering::Relaxed);
             self.progress.send_modify(|p| p.records += records.len() as u64);
         }

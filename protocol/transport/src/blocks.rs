@@ -10,7 +10,10 @@ use crate::link::ReceiveHalf;
 
 /// A batch is handed on at this many bytes: large enough that handing on costs nothing, small enough that several
 /// streams at once stay far below the memory budget. Arbitrary.
-pub const BATCH: usize = 512 << 10;
+pub const BATCH: usize = 256 << 10;
+
+/// Read at once while a record is not whole. Arbitrary.
+const PIECE: usize = 16 << 10;
 
 /// How reading records fails.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +39,19 @@ impl RecordReader {
     /// From a stream's first byte.
     pub fn new(stream: Box<dyn ReceiveHalf>) -> Self {
         Self { stream, pending: Vec::new() }
+    }
+
+    /// Waits for one whole record, and takes no more than it and what comes in one piece with its end; false at the end
+    /// of the stream. Then [`Self::next_batch`] does not wait.
+    pub async fn has_record(&mut self) -> Result<bool, BlockStreamError> {
+        while split_record(&self.pending)?.is_none() {
+            match self.stream.read_chunk(PIECE, true).await.map_err(TransportError::from)? {
+                Some(chunk) => self.pending.extend_from_slice(&chunk.bytes),
+                None if self.pending.is_empty() => return Ok(false),
+                None => return Err(BlockStreamError::Cut),
+            }
+        }
+        Ok(true)
     }
 
     /// At least one whole record, and about [`BATCH`] bytes of them when they come fast; `None` at the end. Headers
