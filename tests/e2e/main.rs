@@ -14,6 +14,7 @@ mod restore;
 mod resume;
 mod s3;
 mod service;
+mod stalled_store;
 mod targets;
 mod unwritable;
 mod versions;
