@@ -330,6 +330,10 @@ impl StateDir {
         if let Some(key) = self.key()? {
             return Ok(key);
         }
+        if self.joined()?.is_some() {
+            // The certificate is that of the key that is gone: another one opens nothing.
+            return Err(self.unusable("agent.key", "it is gone"));
+        }
         let key = AgentKey::generate()?;
         durable::create_new(&self.path.join("agent.key"), key.to_pem().as_bytes(), 0o600)?;
         Ok(key)
