@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::path::PathBuf;
 
-use backhaul_cli::{Exit, Failure, Output};
+use backhaul_cli::{Exit, Failure, Output, settings};
 use backhaul_protocol::ids::{Name, StateId};
 use backhaul_protocol::session::source::SourceError;
 use backhaul_protocol::store::fleet::AgentRole;
@@ -126,7 +126,15 @@ fn read_token(args: &JoinArgs) -> anyhow::Result<JoinToken> {
                 .into());
         }
     }
-    Ok(text.parse::<JoinToken>().map_err(|e| Failure::new(Exit::Authentication, "E_AUTH", e.to_string()))?)
+    let wrong = |text: String| {
+        let next =
+            "on the receiver: backhaul-receiver token --group NAME --address HOST:PORT; then all of the line here";
+        Failure::new(Exit::Authentication, "E_AUTH", text).next(next)
+    };
+    let token = text.parse::<JoinToken>().map_err(|e| wrong(e.to_string()))?;
+    // Not repeated: in two tokens on one line it would be a secret.
+    settings::check_address(&token.address).map_err(|_| wrong("the token ends in no HOST:PORT".into()))?;
+    Ok(token)
 }
 
 /// What the machine calls itself, made a legal name.
