@@ -88,6 +88,11 @@ pub type Classifier = fn(&(dyn std::error::Error + 'static)) -> Option<Meaning>;
 
 /// The meaning of any error, found in its chain of causes.
 pub fn classify(error: &anyhow::Error, own: Classifier) -> Meaning {
+    let (exit, code, next) = found(error, own);
+    (exit, code, next.or_else(|| usual_next(code).map(str::to_owned)))
+}
+
+fn found(error: &anyhow::Error, own: Classifier) -> Meaning {
     for cause in error.chain() {
         if let Some(meaning) = own(cause) {
             return meaning;
@@ -102,7 +107,7 @@ pub fn classify(error: &anyhow::Error, own: Classifier) -> Meaning {
             .or_else(|| cause.downcast_ref::<VolumeError>().map(|_| (Exit::Failure, "E_SOURCE")))
             .or_else(|| cause.downcast_ref::<std::io::Error>().and_then(of_io));
         if let Some((exit, code)) = found {
-            return (exit, code, usual_next(code).map(str::to_owned));
+            return (exit, code, None);
         }
     }
     (Exit::Failure, "E_FAILURE", None)
@@ -120,6 +125,21 @@ fn usual_next(code: &str) -> Option<&'static str> {
         "E_BUSY" | "E_SUPERSEDED" | "E_CONFLICT" => {
             Some("let the other one finish or end it, then the same command again")
         }
+        "E_USAGE" => Some("the same command with --help tells what it takes"),
+        "E_CONFIG" => {
+            Some("mend the setting, in its file, flag or variable; `config check` tells whether all are right")
+        }
+        "E_SOURCE" => Some("name a block device or an image file: backhaul-agent protect NAME=PATH"),
+        "E_VOLUME" => Some("backhaul-agent status lists what is protected"),
+        "E_TARGET" => Some("restore to a new file, or to a device that nothing uses: --to TARGET"),
+        "E_NOTFOUND" => Some(
+            "backhaul-receiver points lists what can be restored, agents who joined; on a server: backhaul-agent status",
+        ),
+        "E_STORE" => Some("check the store's URL, its keys and that it can be reached, then the same command again"),
+        "E_STATE_DIR" => Some("check the state folder: it must be there, whole, writable and this user's"),
+        "E_BIND" => Some("choose another address with --listen ADDR, or end what listens there"),
+        "E_NOSPACE" => Some("make room, then the same command again"),
+        "E_PROTO" => Some("bring both programs to the same version, then the same command again"),
         _ => None,
     }
 }
