@@ -309,6 +309,18 @@ impl Agent {
         self
     }
 
+    /// The same with another settings file.
+    #[must_use]
+    pub fn with_config(mut self, file: &str) -> Self {
+        self.config = file.into();
+        self
+    }
+
+    /// Its settings file.
+    pub fn config_file(&self) -> &Path {
+        &self.config
+    }
+
     /// A command, not run yet.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = clean(program("backhaul-agent"));
