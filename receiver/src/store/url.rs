@@ -129,14 +129,14 @@ fn parse_prefix(text: &str) -> Result<String, UrlError> {
 
 fn parse_endpoint(value: &str) -> Result<String, UrlError> {
     let host = value.strip_prefix("http://").or_else(|| value.strip_prefix("https://"));
-    let host = host.map(|host| host.strip_suffix('/').unwrap_or(host));
+    let host = host.map(|host| host.trim_end_matches('/'));
     match host {
         None => wrong("endpoint must start with http:// or https://"),
         Some(host) if host.contains('@') => wrong("credentials do not go into the endpoint; set AWS_ACCESS_KEY_ID"),
-        Some(host) if host.is_empty() || host.contains(['?', '#', ' ']) => {
+        Some(host) if host.is_empty() || host.contains(['?', '#']) || !host.bytes().all(|b| b.is_ascii_graphic()) => {
             wrong(format!("the endpoint {value:?} is not http://host:port"))
         }
-        Some(_) => Ok(value.strip_suffix('/').unwrap_or(value).to_owned()),
+        Some(_) => Ok(value.trim_end_matches('/').to_owned()),
     }
 }
 
@@ -160,6 +160,10 @@ fn decode(text: &str) -> Result<String, UrlError> {
             (Some(high), Some(low)) if (high, low) != (0, 0) => bytes.push((high * 16 + low) as u8),
             _ => return wrong(format!("{text:?} has a '%' without two hexadecimal digits after it (or %00)")),
         }
+    }
+    if bytes.contains(&0) {
+        // No path has one, and nothing that is typed; a setting in a file may.
+        return wrong(format!("{text:?} has a NUL"));
     }
     String::from_utf8(bytes).or_else(|_| wrong(format!("{text:?} is not UTF-8")))
 }
@@ -267,6 +271,7 @@ mod tests {
             ("file:///a/../b", "\"..\""),
             ("file:///a%0", "two hexadecimal digits"),
             ("file:///a%00", "%00"),
+            ("file:///a\0b", "NUL"),
             ("ftp://host/path", "\"ftp\" is not known"),
             ("s3://", "bucket is missing"),
             ("s3:///prefix", "bucket is missing"),
@@ -279,6 +284,8 @@ mod tests {
             ("s3://bucket?enpoint=http://x", "\"enpoint\" is not a setting"),
             ("s3://bucket?endpoint=host:9000", "http://"),
             ("s3://bucket?endpoint=http://", "not http://host:port"),
+            ("s3://bucket?endpoint=http:////", "not http://host:port"),
+            ("s3://bucket?endpoint=http://a%0Ab", "not http://host:port"),
             ("s3://bucket?region=", "not a region"),
             ("s3://bucket?region=a&region=b", "twice"),
         ];
