@@ -83,12 +83,17 @@ impl ObjectId {
     pub fn read(r: &mut FieldReader<'_>) -> Result<Self, FieldError> {
         let mut seq = [0; 8];
         seq[..6].copy_from_slice(r.bytes(6, "object id")?);
-        Ok(Self {
+        let this = Self {
             seq: LogSeq(u64::from_le_bytes(seq)),
             generation: Generation(r.u16("object id")?),
             session: r.u32("object id")?,
             n: r.u32("object id")?,
-        })
+        };
+        // The records of a log record have one name.
+        if this.is_inline() && this != Self::inline(this.seq) {
+            return Err(FieldError::Value("object id"));
+        }
+        Ok(this)
     }
     fn tail(self) -> String {
         format!("{}{:08x}-{:08}", draft_prefix(self.generation, self.seq), self.session, self.n)

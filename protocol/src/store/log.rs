@@ -310,7 +310,12 @@ impl PointBody {
         let segments = r.count(MAX_LOOSE_SEGMENTS, SegmentRef::LEN, "segments")?;
         let segments = (0..segments).map(|_| SegmentRef::read(r)).collect::<Result<Vec<_>, _>>()?;
         let inline_len = r.u32("inline records")? as usize;
-        let own = segments.last().filter(|s| s.id == ObjectId::inline(seq));
+        let own_id = ObjectId::inline(seq);
+        // Anywhere else it would name an index that nobody has checked.
+        if segments.iter().rev().skip(1).any(|s| s.id == own_id) {
+            return Err(FieldError::Value("segments").into());
+        }
+        let own = segments.last().filter(|s| s.id == own_id);
         let inline = match own {
             None if inline_len == 0 => None,
             None => return Err(FieldError::Value("inline records").into()),
