@@ -45,8 +45,8 @@ impl RecordReader {
     /// of the stream. Then [`Self::next_batch`] does not wait.
     pub async fn has_record(&mut self) -> Result<bool, BlockStreamError> {
         while split_record(&self.pending)?.is_none() {
-            match self.stream.read_chunk(PIECE, true).await.map_err(TransportError::from)? {
-                Some(chunk) => self.pending.extend_from_slice(&chunk.bytes),
+            match self.stream.read(PIECE).await? {
+                Some(bytes) => self.pending.extend_from_slice(&bytes),
                 None if self.pending.is_empty() => return Ok(false),
                 None => return Err(BlockStreamError::Cut),
             }
