@@ -17,9 +17,14 @@ cargo fmt --all --check
 step "lints"
 cargo clippy --workspace --all-targets --locked -- -D warnings
 step "build"
-# The end-to-end tests start these.
-cargo build --locked -p backhaul-agent -p backhaul-receiver
+# The end-to-end tests start these. Of the whole workspace, so that nothing is built twice with other features.
+cargo build --workspace --bins --locked
 cargo nextest run --workspace --locked --no-run
+step "no release has what is for tests"
+if cargo tree --locked -p backhaul-agent -p backhaul-receiver -e features,normal -i backhaul-seams | grep -q testing; then
+  echo "the feature testing of backhaul-seams is on in a release" >&2
+  exit 1
+fi
 
 step "test"
 if [[ $(id -u) == 0 ]]; then
