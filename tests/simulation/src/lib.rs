@@ -19,6 +19,7 @@ pub mod history;
 pub mod hostile;
 pub mod ledger;
 pub mod oracle;
+pub mod packets;
 pub mod plan;
 pub mod receiver;
 pub mod search;
