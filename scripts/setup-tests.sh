@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what building and testing need on Debian: a C compiler for the crypto library, the tools of the
-# file systems that the tests make, cargo-nextest. Run again it installs nothing.
+# file systems that the tests make, cargo-nextest, and Python packages in target/python. Run again it installs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,6 +17,8 @@ missing=()
 for tool in "${wanted[@]}"; do
   command -v "$tool" >/dev/null || missing+=("${package[$tool]}")
 done
+# Debian's python3 comes without what makes a venv.
+[[ ${1:-} == --build-only ]] || python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3 python3-venv)
 if ((${#missing[@]})); then
   echo "installing ${missing[*]}"
   if command -v apt-get >/dev/null; then
@@ -34,4 +36,9 @@ command -v cargo >/dev/null || { echo "Rust is missing: https://rustup.rs" >&2; 
 if ! cargo nextest --version >/dev/null 2>&1; then
   echo "installing cargo-nextest"
   cargo install --locked --quiet cargo-nextest
+fi
+if ! target/python/bin/python -c 'import blake3, zstandard' 2>/dev/null; then
+  echo "installing blake3 and zstandard for Python"
+  python3 -m venv --clear target/python
+  target/python/bin/pip install --quiet --disable-pip-version-check blake3==1.0.11 zstandard==0.25.0
 fi

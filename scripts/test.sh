@@ -33,6 +33,8 @@ else
   echo "SKIPPED: not root, so the tests on loop devices and small disks do not run; run this as root for all of them"
 fi
 cargo nextest run --workspace --locked
+step "an independent reader"
+target/python/bin/python -B tests/independent/test_restore.py
 step "documentation tests"
 cargo test --workspace --locked --doc --quiet
 step "all is well"
