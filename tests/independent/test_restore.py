@@ -197,7 +197,7 @@ class Fresh(InFolder):
         self.sync()
         for n in range(SMALL_POINTS):
             volume = self.random.choice(list(self.images))
-            at = self.random.randrange(len(self.images[volume]) - 16_384)
+            at = self.random.randrange(len(self.images[volume]) - 17_000)
             self.write(volume, at, self.noise(99) + bytes(16_384 * (n % 3 == 0)))
             self.sync()
         self.write("data", 3_000_000, self.noise(1_000_000))
