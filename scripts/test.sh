@@ -21,7 +21,8 @@ step "build"
 cargo build --workspace --bins --locked
 cargo nextest run --workspace --locked --no-run
 step "no release has what is for tests"
-if cargo tree --locked -p backhaul-agent -p backhaul-receiver -e features,normal -i backhaul-seams | grep -q testing; then
+features=$(cargo tree --locked -p backhaul-agent -p backhaul-receiver -e features,normal -i backhaul-seams)
+if [[ $features == *testing* ]]; then
   echo "the feature testing of backhaul-seams is on in a release" >&2
   exit 1
 fi

@@ -95,7 +95,7 @@ impl Ingest {
             drop(permit);
             verifier = Some(own);
             let records = records?;
-            let lost = planted(Mutant::DigestsNotCompared) && random::number() % 8 == 0;
+            let lost = planted(Mutant::DigestsNotCompared) && random::number().is_multiple_of(8);
             if !lost {
                 self.writer.push(&batch, &records).await;
             }

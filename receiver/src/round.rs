@@ -373,8 +373,9 @@ fn believed_sealed(sealed: &Sealed, (delta_digest, delta_blocks): (DeltaDigest, 
     Sealed { delta_digest, delta_blocks, volumes, ..sealed.clone() }
 }
 
-/// Ids that a fold of the draft may take: parts of 16 MiB of maps of at most 2^20 entries.
-const FOLD_IDS: u32 = 1 << 16;
+/// Ids that a fold of the draft may take, for parts of 16 MiB: 64 GiB of maps, three times the entries of the largest
+/// volume. There are enough for a million folds in one session, each of 64 segments.
+const FOLD_IDS: u32 = 1 << 12;
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)

@@ -396,7 +396,7 @@ impl World {
         let (name, agent) = (self.groups[group].name.clone(), self.nodes[node].identity.agent);
         let command = async {
             let catalog = Catalog::open(store).await?;
-            Ok::<_, access::AccessError>(access::adopt(&catalog, &name, agent, clock::now()).await?)
+            access::adopt(&catalog, &name, agent, clock::now()).await
         };
         self.groups[group].suspect = true;
         match tokio::time::timeout(OPERATOR, command).await {

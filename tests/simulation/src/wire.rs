@@ -3,6 +3,7 @@
 //!
 //! Read first: [`Wire`], then [`connect`].
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -448,7 +449,9 @@ impl Link for SimLink {
 
 /// Wires by agent and receiver.
 #[derive(Clone, Default)]
-pub struct Network(Arc<Mutex<std::collections::BTreeMap<(usize, usize), Arc<Wire>>>>);
+pub struct Network(Arc<Mutex<Wires>>);
+
+type Wires = BTreeMap<(usize, usize), Arc<Wire>>;
 
 impl Network {
     /// The wire between these two.
