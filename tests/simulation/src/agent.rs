@@ -47,7 +47,6 @@ pub struct Node {
     /// Kept between attempts, as the service does.
     session: Arc<Mutex<Option<Session>>>,
     ledger: Arc<Ledger>,
-    shown: Arc<Mutex<Shown>>,
 }
 
 /// How an attempt ended.
@@ -58,7 +57,7 @@ impl Node {
     pub fn new(number: usize, identity: AgentIdentity, group: Name, state: PathBuf, ledger: Arc<Ledger>) -> Self {
         let machine = MachineId([number as u8 + 1; 32]);
         StateDir::new(&state).create().expect("a folder in memory");
-        let (volumes, disks, shown) = (Vec::new(), Disks::default(), Arc::default());
+        let (volumes, disks) = (Vec::new(), Disks::default());
         Self {
             number,
             identity,
@@ -71,7 +70,6 @@ impl Node {
             gate: Gate::default(),
             session: Arc::default(),
             ledger,
-            shown,
         }
     }
 
@@ -96,7 +94,6 @@ impl Node {
             gate: Gate::default(),
             session: Arc::default(),
             ledger,
-            shown: Arc::default(),
         }
     }
 
@@ -216,7 +213,9 @@ impl Node {
 
     /// Hears what this agent says: the moment at which it asks for a commit is when its volumes were offered.
     pub fn tap(&self) -> Tap {
-        let (ledger, shown, disks) = (self.ledger.clone(), self.shown.clone(), self.disks.clone());
+        let (ledger, disks) = (self.ledger.clone(), self.disks.clone());
+        // Of this connection: others of the same agent may show other things.
+        let shown = Mutex::new(Shown::default());
         let (node, group) = (self.number, self.identity.group);
         Arc::new(move |bytes: &[u8]| {
             let Some(frame) = bytes.get(PREFIX_LEN..) else { return };

@@ -62,7 +62,6 @@ fn kind(error: &RoundError) -> &'static str {
 /// Situations, and in how many of 5,000 histories each must be reached.
 pub const REQUIRED: &[(&str, u64)] = &[
     ("AppendLost", 40),
-    ("AppendedBefore", 1),
     ("BaseWritten", 1000),
     ("BelowFloor", 5),
     ("Checkpoint", 1000),
@@ -93,8 +92,8 @@ pub const REQUIRED: &[(&str, u64)] = &[
     ("connection timed out", 1000),
     ("cut", 700),
     ("fuzzy point", 1500),
-    ("harm prevented a restore", 1000),
-    ("harmless", 1000),
+    ("harm prevented a restore", 300),
+    ("harmless", 300),
     ("hostile agent", 300),
     ("log pruned", 300),
     ("machine put back", 200),

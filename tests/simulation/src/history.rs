@@ -549,7 +549,10 @@ impl World {
             }
         }
         oracle::examine(self).await;
-        harm::harm(self, &self.chance.clone()).await;
+        // In every third history: restores are what takes time.
+        if self.chance.below(3) == 0 {
+            harm::harm(self, &self.chance.clone()).await;
+        }
     }
 
     /// I14: a new point within three rounds, and a minute.
