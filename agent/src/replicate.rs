@@ -25,7 +25,8 @@ use backhaul_protocol::wire::message::{
 };
 use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::situation::{Situation, reached};
-use backhaul_seams::{random, threads};
+use backhaul_seams::{failpoint, random, threads};
+use backhaul_transport::error::TransportError;
 use backhaul_volume::stability::Stability;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -348,11 +349,13 @@ impl Round<'_> {
             // Every block was read in this round.
             volumes: digests.iter().map(|d| CommitVolume { digest: *d, full_scan: capture_end }).collect(),
         };
+        step("commit.decided")?;
         let (machine, now) = session.machine();
         machine.commit(now, message);
         let SourceOutput::Committed(committed) = session.next().await? else {
             return Err(SourceError::Protocol("no answer to `Commit`").into());
         };
+        step("commit.answered")?;
         writer.nonce = Some(nonce);
         writer.pending.clear();
         writer.high_water = committed.seq;
@@ -362,6 +365,11 @@ impl Round<'_> {
         self.state.write_writer(writer)?;
         Ok(committed)
     }
+}
+
+/// Where a test may stop. It fails as a connection that breaks.
+fn step(name: &'static str) -> Result<(), SessionError> {
+    Ok(failpoint::reach(|| name).map_err(|e| TransportError::Stream(e.to_string()))?)
 }
 
 /// Commits whose answers were lost: the head tells whether one of them exists. Those that were built on the head itself

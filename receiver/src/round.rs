@@ -22,6 +22,7 @@ use backhaul_protocol::store::segment::{DraftBinding, SegmentBuilder};
 use backhaul_protocol::wire::message::{
     Commit, Committed, DraftPages, Open, Opened, OpenedVolume, Reason, Refusal, VolumesChanged,
 };
+use backhaul_seams::failpoint;
 use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::situation::{Situation, reached};
 use tokio::sync::{Semaphore, watch};
@@ -33,6 +34,7 @@ use crate::layers::layer_page;
 use crate::limits::Limits;
 use crate::read_error::ReadError;
 use crate::segment_writer::{Budget, Rest, SegmentWriter};
+use crate::store::{Kind, StoreError, Verb};
 use crate::view::{Loose, View, ViewVolume};
 use examining::check_folded;
 pub use group_state::GroupState;
@@ -276,6 +278,7 @@ impl Round {
         let (sealed, ranges, next_slot) = self.examine(known, &layers.view, &inline_loose).await.map_err(read)?;
         let sealed = if planted(Mutant::DigestsNotCompared) { believed_sealed(&sealed, stated) } else { sealed };
         let (taken, approved) = sink.sealed(&sealed)?;
+        step("commit.sealed").map_err(read)?;
 
         // The records inside the log record have no place yet: they are left out of folding and stay loose.
         layers.view.loose.retain(|l| !Arc::ptr_eq(l, &inline_loose));
@@ -319,11 +322,13 @@ impl Round {
                 return Err(Refusal { reason: Reason::Conflict, text: "this receiver slept too long".into() });
             }
         }
+        step("commit.appended").map_err(read)?;
         sink.appended();
         let inline_len = record.point().and_then(|p| p.inline.as_ref()).map_or(0, |i| i.records.len());
         let metadata_bytes = (len - inline_len) as u64;
         let committed = Committed { seq: record.seq, commit: record.commit, time: record.time, metadata_bytes };
         self.adopt(state, record, hash, layers, ranges).await.map_err(read)?;
+        step("commit.adopted").map_err(read)?;
         Ok(committed)
     }
 
@@ -337,6 +342,12 @@ impl Round {
         let segments = known.layers.segments.iter().chain(&known.draft.segments).copied().collect();
         Layers { view, segments }
     }
+}
+
+/// Where a test may stop. It fails as a store that does not answer.
+fn step(name: &'static str) -> Result<(), ReadError> {
+    let failed = |e| StoreError::new(Kind::Unavailable, Verb::PutNew, name, "a test wants it").because(e);
+    Ok(failpoint::reach(|| name).map_err(failed)?)
 }
 
 /// What an agent says, with the planted mistakes in how it is believed.

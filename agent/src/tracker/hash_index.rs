@@ -19,6 +19,7 @@ use std::sync::RwLock;
 use backhaul_protocol::digest::{BlockDigest, RangeDigest, VolumeDigest, VolumeDigester};
 use backhaul_protocol::geometry::{Geometry, PageIndex};
 use backhaul_protocol::ids::VolumeId;
+use backhaul_seams::failpoint;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
@@ -102,9 +103,11 @@ impl HashIndex {
         if found != header {
             file.set_len(0)?;
             file.write_all_at(&header, 0)?;
+            failpoint::reach(|| "index.begun")?;
         }
         if file.metadata()?.len() != length {
             file.set_len(length)?;
+            failpoint::reach(|| "index.sized")?;
         }
         let index = Self { path: path.to_owned(), file, geometry, ranges: RwLock::default() };
         let ranges = index.compute_ranges()?;
@@ -194,6 +197,7 @@ impl HashIndex {
         digests.iter().for_each(|d| bytes.extend_from_slice(&d.0));
         let io = |source| IndexError::Io { path: self.path.clone(), source };
         self.file.write_all_at(&bytes, at).map_err(io)?;
+        failpoint::reach(|| "index.page").map_err(io)?;
         self.ranges.write().unwrap_or_else(std::sync::PoisonError::into_inner)[page.0 as usize] = range;
         Ok(())
     }

@@ -11,6 +11,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use backhaul_seams::failpoint;
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use rustix::io::Errno;
 
@@ -74,7 +75,9 @@ pub fn create_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), DurableErr
     if matches!(placed, Ok(()) | Err(Errno::EXIST)) {
         // Also before saying that it exists: the other one may not have flushed the folder yet.
         drop(temp);
+        step(path, "placed")?;
         sync_folder_of(path)?;
+        step(path, "done")?;
     }
     match placed {
         Ok(()) => Ok(()),
@@ -87,7 +90,15 @@ pub fn create_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), DurableErr
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), DurableError> {
     let temp = Temp::write(path, bytes, mode)?;
     std::fs::rename(&temp.path, path).map_err(|e| DurableError::io(path, "put it in place", e))?;
-    sync_folder_of(path)
+    step(path, "placed")?;
+    sync_folder_of(path)?;
+    step(path, "done")
+}
+
+/// Where a test may stop: `FILE.STEP`.
+fn step(path: &Path, step: &'static str) -> Result<(), DurableError> {
+    let name = || format!("{}.{step}", path.file_name().unwrap_or_default().display());
+    failpoint::reach(name).map_err(|e| DurableError::io(path, step, e))
 }
 
 /// Flushes the folder that `path` is in, so that its name survives a power cut.
@@ -123,7 +134,9 @@ impl Temp {
         let (temp, mut file) = Self::create(target, mode)?;
         let written = file.set_permissions(Permissions::from_mode(mode)).and_then(|()| file.write_all(bytes));
         written.map_err(|e| DurableError::io(target, "write it", e))?;
+        step(target, "written")?;
         file.sync_all().map_err(|e| DurableError::io(target, "flush it", e))?;
+        step(target, "flushed")?;
         Ok(temp)
     }
 

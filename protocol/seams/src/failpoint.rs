@@ -1,17 +1,17 @@
-//! Failpoints: named places before and after every durable step, where a test makes the process die, the step fail, or
-//! time pass.
+//! Failpoints: named places after every durable step, where a test makes the process die, the step fail, or time pass.
 //!
-//! Read first: [`reach`]. A test build takes `BACKHAUL_FAILPOINT=NAME=ACTION[@N]`, where ACTION is `abort` (SIGKILL, as
-//! kill -9), `error` or `delay:MILLISECONDS`, at the N-th time that the place is reached (from 1; every time without
-//! it), and appends the name of every place that it reaches to the file `BACKHAUL_FAILPOINT_LOG`.
+//! Read first: [`reach`]. A test build takes `BACKHAUL_FAILPOINT=NAME=ACTION`, several with commas between, where ACTION
+//! is `abort` (SIGKILL, as kill -9), `error` or `delay:MILLISECONDS`. Each happens once in all processes that have the
+//! same folder `BACKHAUL_FAILPOINT_ONCE`: the first that makes the file NAME there. Every process that has
+//! `BACKHAUL_FAILPOINT_LOG` appends the name of every place that it reaches to that file.
 
 use std::io;
 
-/// Does what a test wants done here; usually nothing. An error is to be treated as that of the step itself.
+/// Does what a test wants done here; usually nothing. An error is to be treated as that of the step before.
 #[inline(always)]
-pub fn reach(_name: &'static str) -> io::Result<()> {
+pub fn reach<N: AsRef<str>>(_name: impl FnOnce() -> N) -> io::Result<()> {
     #[cfg(feature = "testing")]
-    return armed::reach(_name);
+    return armed::reach(_name().as_ref());
     #[cfg(not(feature = "testing"))]
     Ok(())
 }
@@ -19,10 +19,11 @@ pub fn reach(_name: &'static str) -> io::Result<()> {
 #[cfg(feature = "testing")]
 mod armed {
     use std::io::{self, Write};
+    use std::path::PathBuf;
     use std::sync::OnceLock;
-    use std::sync::atomic::{AtomicU64, Ordering};
     use std::time::Duration;
 
+    #[derive(Clone, Copy)]
     enum Action {
         Abort,
         Error,
@@ -30,43 +31,41 @@ mod armed {
     }
 
     struct Armed {
-        name: String,
-        action: Action,
-        /// 0 is every time.
-        at: u64,
-        reached: AtomicU64,
+        actions: Vec<(String, Action)>,
+        once: PathBuf,
     }
 
     fn armed() -> Option<&'static Armed> {
         static ARMED: OnceLock<Option<Armed>> = OnceLock::new();
-        ARMED.get_or_init(|| std::env::var("BACKHAUL_FAILPOINT").ok().map(|text| parse(&text))).as_ref()
+        // A typing error in a test must not pass for a test that found nothing.
+        let read = || {
+            let text = std::env::var("BACKHAUL_FAILPOINT").ok()?;
+            let once = std::env::var_os("BACKHAUL_FAILPOINT_ONCE").expect("BACKHAUL_FAILPOINT_ONCE=FOLDER").into();
+            let action = |text| parse(text).unwrap_or_else(|| panic!("NAME=abort|error|delay:MILLISECONDS: {text}"));
+            Some(Armed { actions: text.split(',').map(action).collect(), once })
+        };
+        ARMED.get_or_init(read).as_ref()
     }
 
-    /// A typing error in a test must not pass for a test that found nothing.
-    fn parse(text: &str) -> Armed {
-        try_parse(text).unwrap_or_else(|| panic!("BACKHAUL_FAILPOINT={text}: NAME=abort|error|delay:MILLISECONDS[@N]"))
-    }
-
-    fn try_parse(text: &str) -> Option<Armed> {
+    fn parse(text: &str) -> Option<(String, Action)> {
         let (name, action) = text.split_once('=')?;
-        let (action, at) = action.split_once('@').unwrap_or((action, "0"));
         let action = match action.split_once(':') {
             None if action == "abort" => Action::Abort,
             None if action == "error" => Action::Error,
             Some(("delay", millis)) => Action::Delay(Duration::from_millis(millis.parse().ok()?)),
             _ => return None,
         };
-        Some(Armed { name: name.to_owned(), action, at: at.parse().ok()?, reached: AtomicU64::new(0) })
+        Some((name.to_owned(), action))
     }
 
-    pub(super) fn reach(name: &'static str) -> io::Result<()> {
+    pub(super) fn reach(name: &str) -> io::Result<()> {
         log(name);
-        let Some(armed) = armed().filter(|a| a.name == name) else { return Ok(()) };
-        let times = armed.reached.fetch_add(1, Ordering::Relaxed) + 1;
-        if armed.at != 0 && armed.at != times {
+        let Some(armed) = armed() else { return Ok(()) };
+        let Some((_, action)) = armed.actions.iter().find(|(armed, _)| armed == name) else { return Ok(()) };
+        if std::fs::File::create_new(armed.once.join(name)).is_err() {
             return Ok(());
         }
-        match armed.action {
+        match action {
             Action::Abort => {
                 let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
                 // The signal is delivered before the call returns to this thread; never here.
@@ -74,7 +73,7 @@ mod armed {
             }
             Action::Error => Err(io::Error::other(format!("failpoint {name}"))),
             Action::Delay(time) => {
-                std::thread::sleep(time);
+                std::thread::sleep(*time);
                 Ok(())
             }
         }

@@ -1,5 +1,5 @@
 //! Where the programs touch the world, so that tests can put another one there: the clock, randomness, threads for
-//! blocking work. And where tests reach into the programs: failpoints, planted mistakes, counted situations.
+//! blocking work. And where tests reach into the programs: failpoints, planted mistakes, counted situations, limits.
 //!
 //! Read first: [`clock`], [`random`] and [`threads`], which is what product code calls; then [`failpoint`] and
 //! [`mutant`]. Everything that is for tests needs the feature `testing`; without it, as in any release, the functions
@@ -7,6 +7,7 @@
 
 pub mod clock;
 pub mod failpoint;
+pub mod limits;
 pub mod mutant;
 pub mod random;
 pub mod situation;

@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use backhaul_protocol::geometry::ByteOffset;
+use backhaul_seams::failpoint;
 use rustix::fs::{Advice, FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -60,6 +61,7 @@ impl CheckedTarget {
                     }
                     Err(e) => return Err(TargetError::io(&path, "create", e)),
                 };
+                step("target.created").map_err(|e| TargetError::io(&path, "create", e))?;
                 flush_folder(&path, &folder)?;
                 resize(&path, &file, 0, length)?;
                 (Medium::of_file(file), true)
@@ -109,9 +111,16 @@ fn resize(path: &Path, file: &File, old: u64, length: u64) -> Result<(), TargetE
     }
     if old != 0 {
         let head = 0..HEAD_LEN.min(old);
-        zero_file(file, head).and_then(|()| file.sync_all()).map_err(|e| TargetError::io(path, "erase", e))?;
+        let erased = zero_file(file, head).and_then(|()| file.sync_all()).and_then(|()| step("target.resize-erased"));
+        erased.map_err(|e| TargetError::io(path, "erase", e))?;
     }
-    file.set_len(length).map_err(|e| TargetError::at(path, format!("bring it to {length} bytes"), e))
+    let sized = file.set_len(length).and_then(|()| step("target.sized"));
+    sized.map_err(|e| TargetError::at(path, format!("bring it to {length} bytes"), e))
+}
+
+/// Where a test may stop.
+pub(super) fn step(name: &'static str) -> io::Result<()> {
+    failpoint::reach(|| name)
 }
 
 impl Medium {

@@ -33,7 +33,7 @@ use crate::{Volume, VolumeError, checked_range};
 
 pub use check::{CheckedTarget, TargetNeeds};
 pub use error::{Refusal, TargetError, TargetErrorKind};
-use medium::Medium;
+use medium::{Medium, step};
 pub use run::VerifiedRun;
 
 /// Bytes at the beginning that are written last. Boot sector, partition table and the superblocks of ext4, XFS and LVM
@@ -135,7 +135,8 @@ impl Target {
         if in_head.end == range.end {
             return Ok(());
         }
-        self.medium.write(in_head.end, &bytes[rest as usize..]).map_err(|e| self.lose("write", &range, e))
+        let written = self.medium.write(in_head.end, &bytes[rest as usize..]).and_then(|()| step("target.written"));
+        written.map_err(|e| self.lose("write", &range, e))
     }
 
     /// Makes `range` (bytes) read as zeroes: a hole in a file, BLKZEROOUT on a device.
@@ -149,7 +150,8 @@ impl Target {
         if rest.is_empty() {
             return Ok(());
         }
-        self.medium.zero(rest).map_err(|e| self.lose("zero", &range, e))
+        let zeroed = self.medium.zero(rest).and_then(|()| step("target.zeroed"));
+        zeroed.map_err(|e| self.lose("zero", &range, e))
     }
 
     /// Completes the restore: everything else first, then the first MiB. May be called again after more writes. Once a
@@ -163,9 +165,9 @@ impl Target {
         if head.pending {
             // From the end: superblocks and partition tables begin in the first sectors.
             let first = FIRST_LEN.min(head.bytes.len());
-            for part in [first..head.bytes.len(), 0..first] {
+            for (part, name) in [(first..head.bytes.len(), "target.flushed"), (0..first, "target.head-flushed")] {
                 if durability == Durability::Device {
-                    self.flush(&mut head)?;
+                    self.flush(&mut head, name)?;
                 }
                 if let Err(e) = self.medium.write(part.start as u64, &head.bytes[part.clone()]) {
                     head.lost = true;
@@ -175,7 +177,7 @@ impl Target {
             (head.pending, head.touched) = (false, true);
         }
         if durability == Durability::Device {
-            self.flush(&mut head)?;
+            self.flush(&mut head, "target.finished")?;
             self.medium.drop_caches(head.touched);
             head.touched = false;
         }
@@ -188,8 +190,9 @@ impl Target {
         self.medium.start_writeback();
     }
 
-    fn flush(&self, head: &mut Head) -> Result<(), TargetError> {
-        self.medium.flush().map_err(|source| {
+    /// `name` is what a test calls it.
+    fn flush(&self, head: &mut Head, name: &'static str) -> Result<(), TargetError> {
+        self.medium.flush().and_then(|()| step(name)).map_err(|source| {
             head.lost = true;
             TargetError::Flush { path: self.path.clone(), source }
         })
@@ -227,12 +230,12 @@ impl Target {
             if !is_zero(&head.bytes) {
                 let range = 0..head.bytes.len() as u64;
                 head.touched = true;
-                if let Err(e) = self.medium.erase(range.end) {
+                if let Err(e) = self.medium.erase(range.end).and_then(|()| step("target.erased")) {
                     // What is there now is neither the old MiB nor zeroes.
                     head.lost = true;
                     return Err(self.failed("erase", &range, e));
                 }
-                self.flush(&mut head)?;
+                self.flush(&mut head, "target.guarded")?;
             }
             (head.pending, head.touched) = (true, true);
         }

@@ -16,6 +16,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use backhaul_protocol::store::key::ObjectKey;
+use backhaul_seams::failpoint;
 use rustix::fs::{AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
@@ -60,7 +61,11 @@ impl Root {
         let folder = self.make_folder(Verb::PutNew, key)?;
         let (_, leaf) = split(key);
         match rename_new(&mut temp, &folder, leaf) {
-            Ok(()) => self.flush(Verb::PutNew, key, &folder),
+            Ok(()) => {
+                step(Verb::PutNew, key, "placed")?;
+                self.flush(Verb::PutNew, key, &folder)?;
+                step(Verb::PutNew, key, "done")
+            }
             Err(Errno::EXIST) => match self.exists_flushed(key)? {
                 true => Err(exists(key)),
                 false => Err(failure(Verb::PutNew, key, "publish it under its name", Errno::AGAIN)),
@@ -78,7 +83,7 @@ impl Root {
         rustix::fs::renameat(temp.folder, &temp.name, &folder, leaf)
             .map_err(|errno| failure(Verb::PutHint, key, "publish it under its name", missing_is_odd(errno)))?;
         temp.gone = true;
-        Ok(())
+        step(Verb::PutHint, key, "placed")
     }
 
     /// The same for all that can be seen in a folder. Content was flushed before it got its name, and so were the
@@ -125,7 +130,9 @@ impl Root {
         // Without locks in this file system its age protects it.
         let _ = rustix::fs::flock(&temp.file, FlockOperation::NonBlockingLockExclusive);
         temp.file.write_all(body).map_err(|error| fail(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+        step(verb, key, "written")?;
         self.flush(verb, key, &temp.file)?;
+        step(verb, key, "flushed")?;
         Ok(temp)
     }
 
@@ -211,6 +218,16 @@ impl Root {
         }
         Ok(self.tmp.get_or_init(|| folder))
     }
+}
+
+/// Where a test may stop: `KIND.STEP`, by the folder that objects of the kind are in.
+fn step(verb: Verb, key: &ObjectKey, step: &str) -> Result<(), StoreError> {
+    let name = || {
+        let parts: Vec<&str> = key.as_str().split('/').collect();
+        let kind = if let ["groups", _, kind, ..] = parts[..] { kind } else { parts[0] };
+        format!("{kind}.{step}")
+    };
+    failpoint::reach(name).map_err(|e| StoreError::new(Kind::Other, verb, key, "a test wants it").because(e))
 }
 
 fn exists(key: &ObjectKey) -> StoreError {
