@@ -11,8 +11,11 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
     }
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
-        // The runtime only cancels blocking work that has not begun, when it is shut down: then nobody waits here.
-        Err(e) => std::panic::resume_unwind(e.into_panic()),
+        Err(e) => match e.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is shut down, and cancels what has not begun. Whoever waits here ends with it.
+            Err(_cancelled) => std::future::pending().await,
+        },
     }
 }
 
