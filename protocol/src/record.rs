@@ -316,6 +316,9 @@ impl Verifier {
         let bytes = match encoding {
             Encoding::Raw => payload,
             Encoding::Zstd => {
+                if !is_plain_frame(payload) {
+                    return Err(RecordError::Decompress(header.block));
+                }
                 self.scratch.resize(block_len, 0);
                 // The output buffer bounds what a hostile frame can make of itself.
                 let n = self.decompressor.decompress_to_buffer(payload, &mut self.scratch[..block_len]);
@@ -331,6 +334,21 @@ impl Verifier {
         }
         Ok(VerifiedBlock { volume: header.volume, block: header.block, digest, bytes })
     }
+}
+
+/// Whether it is exactly one zstd frame as [`Encoder`] writes them: without content size, checksum and dictionary, and
+/// with a window of at most the longest block. Only what every reader can read may become a point.
+fn is_plain_frame(payload: &[u8]) -> bool {
+    /// RFC 8878, 3.1.1.
+    const MAGIC: [u8; 4] = 0xFD2F_B528_u32.to_le_bytes();
+    let Some(([m @ .., descriptor, window], _)) = payload.split_first_chunk::<6>() else { return false };
+    // RFC 8878, 3.1.1.1.2.
+    let base = 1u64 << (10 + (window >> 3));
+    let window = base + base / 8 * u64::from(window & 7);
+    *m == MAGIC
+        && *descriptor == 0
+        && window <= u64::from(MAX_BLOCK_SIZE)
+        && zstd::zstd_safe::find_frame_compressed_size(payload) == Ok(payload.len())
 }
 
 /// The first record of some bytes, and what follows it.

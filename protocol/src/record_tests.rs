@@ -33,12 +33,57 @@ fn what_does_not_compress_is_stored_raw() {
 
 #[test]
 fn a_frame_that_grows_past_its_block_is_refused() {
-    let bomb = zstd::bulk::compress(&vec![1; 1 << 28], 1).expect("zstd");
+    let bomb = frame(&vec![1; 1 << 28], |_| Ok(()));
+    assert!(is_plain_frame(&bomb));
     let body =
         RecordBody::Data { digest: BlockDigest([1; 32]), encoding: Encoding::Zstd, payload_len: bomb.len() as u32 };
     let header = RecordHeader { volume: VolumeSlot(0), block: BlockIndex(0), capture: CaptureNumber(0), body };
     let found = Verifier::new().expect("zstd").verify(&header, &bomb, geometry()).err();
     assert_eq!(found, Some(RecordError::Decompress(BlockIndex(0))));
+}
+
+/// As the encoder writes them, but for what `change` sets.
+fn frame(plain: &[u8], change: impl Fn(&mut zstd::bulk::Compressor<'_>) -> std::io::Result<()>) -> Vec<u8> {
+    use zstd::zstd_safe::CParameter as P;
+    let mut compressor = zstd::bulk::Compressor::new(1).expect("zstd");
+    for parameter in [P::ContentSizeFlag(false), P::ChecksumFlag(false), P::DictIdFlag(false), P::WindowLog(20)] {
+        compressor.set_parameter(parameter).expect("zstd");
+    }
+    change(&mut compressor).expect("zstd");
+    compressor.compress(plain).expect("zstd")
+}
+
+/// What STORE.md forbids would be a point that other readers can't restore.
+#[test]
+fn only_one_plain_frame_is_taken() {
+    use zstd::zstd_safe::CParameter as P;
+    let plain = [7; 65536];
+    let taken = |payload: &[u8]| {
+        let payload_len = payload.len() as u32;
+        let body = RecordBody::Data { digest: BlockDigest::of(&plain), encoding: Encoding::Zstd, payload_len };
+        let header = RecordHeader { volume: VolumeSlot(0), block: BlockIndex(0), capture: CaptureNumber(0), body };
+        match Verifier::new().expect("zstd").verify(&header, payload, geometry()) {
+            Ok(_) => true,
+            Err(e) => {
+                assert_eq!(e, RecordError::Decompress(BlockIndex(0)));
+                false
+            }
+        }
+    };
+    let good = frame(&plain, |_| Ok(()));
+    assert!(taken(&good));
+    assert!(!taken(&frame(&plain, |c| c.set_parameter(P::ContentSizeFlag(true)))), "content size");
+    assert!(!taken(&frame(&plain, |c| c.set_parameter(P::ChecksumFlag(true)))), "checksum");
+    let halves = [frame(&plain[..30_000], |_| Ok(())), frame(&plain[30_000..], |_| Ok(()))].concat();
+    assert!(!taken(&halves), "two frames");
+    let skippable = [&0x184D_2A50_u32.to_le_bytes()[..], &4_u32.to_le_bytes(), b"more"].concat();
+    assert!(!taken(&[&skippable[..], &good].concat()), "a skippable frame before it");
+    assert!(!taken(&[&good[..], &skippable].concat()), "a skippable frame behind it");
+    assert!(!taken(&[&good[..], b"x"].concat()), "something behind it");
+    let mut wide = good.clone();
+    wide[5] = 11 << 3;
+    assert!(!taken(&wide), "a window of 2 MiB");
+    assert!(!taken(&good[..5]) && !taken(&[]), "less than a header");
 }
 
 proptest! {
