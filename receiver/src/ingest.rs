@@ -80,7 +80,7 @@ impl Ingest {
     async fn take_stream(&self, mut reader: RecordReader) -> Result<(), BlockStreamError> {
         // One verifier stays with the stream: a new decompressor per batch would cost more than the batch.
         let mut verifier = Some(Verifier::new().map_err(|_| BlockStreamError::Cut)?);
-        while reader.has_record().await? {
+        while reader.has_record(|header| self.admission.check(header).map(drop)).await? {
             // Until here a stream holds one record at most, and that is all that those hold which wait for a turn.
             let turn = self.turns.acquire().await.expect("never closed");
             let Some(batch) = reader.next_batch().await? else { break };

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use backhaul_protocol::ids::VolumeSlot;
+use backhaul_protocol::digest::BlockDigest;
+use backhaul_protocol::geometry::{BlockIndex, Geometry};
+use backhaul_protocol::ids::{CaptureNumber, VolumeId, VolumeSlot};
+use backhaul_protocol::record::{Encoding, RecordBody, RecordHeader};
 use backhaul_protocol::wire::message::{AgentMessage, CloseCode, OpenRead, PointSpec, ReceiverMessage};
 use backhaul_tests::peer::{As, Connection, Control, Target, target, target_with};
 use backhaul_transport::endpoint::Endpoint;
@@ -40,6 +43,47 @@ async fn strangers_take_nobodys_place() {
     for (_, connection) in &open {
         connection.is_closed("a stranger that says nothing").await;
     }
+    target.unharmed(1);
+}
+
+/// An agent that is in hostile hands: every stream that it may have says that a block of 1 MiB comes, and stops one byte
+/// short of it. Its volume has such blocks. All its sessions do so (I12).
+#[tokio::test]
+async fn records_that_never_end_take_bounded_memory() {
+    const SESSIONS: usize = 4;
+    const MIB: usize = 1 << 20;
+    let mut target = target();
+    let before = resident(target.serving.child.pid());
+    let mut open = Vec::new();
+    for session in 0..SESSIONS {
+        let (endpoint, connection) = target.connect(As::Agent).await;
+        let (mut sender, mut receiver) = connection.greet().await;
+        let mut offer = target.open();
+        offer.volumes[0].geometry = Geometry::new(MIB as u32, 64 << 20).expect("legal");
+        offer.volumes[0].id = VolumeId([session as u8; 16]);
+        sender.send(&AgentMessage::Open(offer)).await.expect("sent");
+        let opened = receiver.receive().await.expect("an answer").expect("an answer");
+        assert!(matches!(opened, ReceiverMessage::Opened(_)), "{opened:?}");
+        let mut streams = Vec::new();
+        for block in 0..32 {
+            let stream = tokio::time::timeout(Duration::from_millis(300), connection.0.open_uni()).await;
+            let Ok(Ok(mut stream)) = stream else { break };
+            let body =
+                RecordBody::Data { digest: BlockDigest([1; 32]), encoding: Encoding::Raw, payload_len: MIB as u32 };
+            let capture = CaptureNumber(1 << 20);
+            let header = RecordHeader { volume: VolumeSlot(0), block: BlockIndex(block), capture, body };
+            let _ = stream.write_all(&header.to_bytes()).await;
+            let payload = tokio::time::timeout(Duration::from_secs(5), stream.write_all(&[7; MIB - 1]));
+            let _ = payload.await;
+            streams.push(stream);
+        }
+        assert!(streams.len() <= 8, "{} streams at once", streams.len());
+        open.push((endpoint, connection, sender, receiver, streams));
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let grown = resident(target.serving.child.pid()).saturating_sub(before);
+    assert!(grown < (SESSIONS * 16 * MIB) as u64, "{grown} bytes for {SESSIONS} sessions");
+    drop(open);
     target.unharmed(1);
 }
 

@@ -3,7 +3,7 @@
 //! Read first: [`RecordReader`]. Writing is [`crate::link::SendHalf::write`] of whole records.
 
 use backhaul_protocol::limits::MAX_BLOCK_SIZE;
-use backhaul_protocol::record::{HEADER_LEN, RecordError, split_record};
+use backhaul_protocol::record::{HEADER_LEN, RecordError, RecordHeader, split_record};
 
 use crate::error::TransportError;
 use crate::link::ReceiveHalf;
@@ -42,16 +42,24 @@ impl RecordReader {
     }
 
     /// Waits for one whole record, and takes no more than it and what comes in one piece with its end; false at the end
-    /// of the stream. Then [`Self::next_batch`] does not wait.
-    pub async fn has_record(&mut self) -> Result<bool, BlockStreamError> {
-        while split_record(&self.pending)?.is_none() {
+    /// of the stream. Then [`Self::next_batch`] does not wait. A header that is not admitted is not waited for.
+    pub async fn has_record(
+        &mut self,
+        admit: impl Fn(&RecordHeader) -> Result<(), RecordError>,
+    ) -> Result<bool, BlockStreamError> {
+        loop {
+            if let Some(header) = self.pending.first_chunk::<HEADER_LEN>() {
+                admit(&RecordHeader::parse(header)?)?;
+            }
+            if split_record(&self.pending)?.is_some() {
+                return Ok(true);
+            }
             match self.stream.read(PIECE).await? {
                 Some(bytes) => self.pending.extend_from_slice(&bytes),
                 None if self.pending.is_empty() => return Ok(false),
                 None => return Err(BlockStreamError::Cut),
             }
         }
-        Ok(true)
     }
 
     /// At least one whole record, and about [`BATCH`] bytes of them when they come fast; `None` at the end. Headers

@@ -23,8 +23,11 @@ use crate::error::TransportError;
 const MAX_PACKET: u16 = 6500;
 /// Credit of one stream. Larger windows make quinn keep thousands of gaps on a lossy path, and close it.
 const STREAM_WINDOW: u32 = 1 << 20;
-/// Block streams that a peer may have open at once.
-pub const MAX_BLOCK_STREAMS: u32 = 32;
+/// Block streams that an agent may have open at once. A receiver holds one record of each, of up to 1 MiB, beside its
+/// budget.
+const AGENT_STREAMS: u32 = 8;
+/// Block streams that a receiver may have open at once: one for each answer.
+const RECEIVER_STREAMS: u32 = 32;
 /// Bytes of a connection id: none is ever guessed or met again.
 const CONNECTION_ID: usize = 12;
 /// UDP buffers asked for; the kernel caps them at net.core.rmem_max and wmem_max.
@@ -214,6 +217,7 @@ impl HmacKey for ResetKey {
 }
 
 fn transport(windows: Windows, server: bool) -> TransportConfig {
+    let streams = if server { AGENT_STREAMS } else { RECEIVER_STREAMS };
     let mut config = TransportConfig::default();
     let mut mtu = quinn::MtuDiscoveryConfig::default();
     mtu.upper_bound(MAX_PACKET);
@@ -223,7 +227,7 @@ fn transport(windows: Windows, server: bool) -> TransportConfig {
         .receive_window(VarInt::from_u32(windows.receive))
         .send_window(windows.send)
         .max_concurrent_bidi_streams(VarInt::from_u32(u32::from(server)))
-        .max_concurrent_uni_streams(VarInt::from_u32(MAX_BLOCK_STREAMS))
+        .max_concurrent_uni_streams(VarInt::from_u32(streams))
         .datagram_receive_buffer_size(None)
         .keep_alive_interval(Some(KEEP_ALIVE))
         .max_idle_timeout(Some(quinn::IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT.as_millis() as u32))));
