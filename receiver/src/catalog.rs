@@ -143,6 +143,14 @@ impl GroupLog {
         }
     }
 
+    /// The floor, or 0 where it is damaged: too much is looked for then, and nothing is passed over.
+    pub(crate) async fn readable_floor(&self) -> Result<LogSeq, ReadError> {
+        match self.floor().await {
+            Err(e) if e.is_damage() => Ok(LogSeq(0)),
+            other => other,
+        }
+    }
+
     /// The hint of the newest number; `None` where there is none.
     pub(crate) async fn hint(&self) -> Result<Option<LogSeq>, ReadError> {
         let key = self.keys.head();
@@ -165,11 +173,7 @@ impl GroupLog {
     }
 
     pub(crate) async fn newest_from(&self, hint: LogSeq) -> Result<LogSeq, ReadError> {
-        let hint_is_there = self.exists(hint).await?;
-        let mut low = if hint_is_there { hint } else { self.floor().await? };
-        if !hint_is_there && !self.exists(low).await? {
-            return Err(ReadError::Log { seq: low, what: "its first record is missing" });
-        }
+        let mut low = self.first_to_ask(hint).await?;
         let mut step = 1;
         let mut high = loop {
             let next = LogSeq(low.0 + step);
@@ -185,6 +189,24 @@ impl GroupLog {
         }
         self.check_no_gap(low).await?;
         Ok(low)
+    }
+
+    /// The hinted record, or the first of all. What lies below the floor does not exist, even where a writer that slept
+    /// has put something: the log does not go on from there.
+    async fn first_to_ask(&self, hint: LogSeq) -> Result<LogSeq, ReadError> {
+        let mut floor = self.readable_floor().await?;
+        if hint > floor && self.exists(hint).await? {
+            return Ok(hint);
+        }
+        while !self.exists(floor).await? {
+            // It may have been raised, and what lay below it deleted, since it was read.
+            let raised = self.readable_floor().await?;
+            if raised <= floor {
+                return Err(ReadError::Log { seq: floor, what: "its first record is missing" });
+            }
+            floor = raised;
+        }
+        Ok(floor)
     }
 
     /// Numbers are contiguous: a record beyond the newest one that was found means that some between are gone. Nobody
@@ -231,9 +253,11 @@ impl GroupLog {
         if self.sharing == Sharing::OneReceiver
             && let Some((theirs, found)) = self.read(record.seq).await?
         {
-            let ours = theirs.commit == record.commit;
+            if theirs.commit != record.commit {
+                return Ok((Appended::Theirs(Box::new(theirs)), found, len));
+            }
             self.store.settle(self.keys.log(record.seq).as_str()).await?;
-            return Ok((if ours { Appended::Ours } else { Appended::Theirs(Box::new(theirs)) }, found, len));
+            return self.unless_pruned(record.seq, found, len).await;
         }
         let key = self.keys.log(record.seq);
         let put = match planted(Mutant::NoConditionalPut) {
@@ -249,15 +273,23 @@ impl GroupLog {
                     return Ok((Appended::Theirs(Box::new(theirs)), hash, len));
                 }
                 reached(Situation::AppendedBefore);
-                return Ok((Appended::Ours, found, len));
+                return self.unless_pruned(record.seq, found, len).await;
             }
             Err(e) => return Err(e.into()),
         }
-        // A writer that slept may have put a number that was deleted meanwhile: then it does not exist.
-        if !planted(Mutant::FloorNotRead) && self.floor().await? > record.seq {
-            return Ok((Appended::BelowFloor, hash, len));
-        }
-        Ok((Appended::Ours, hash, len))
+        self.unless_pruned(record.seq, hash, len).await
+    }
+
+    /// A record of our own is there. A writer that slept may have put a number that was deleted meanwhile: then it does
+    /// not exist.
+    async fn unless_pruned(
+        &self,
+        seq: LogSeq,
+        hash: ObjectDigest,
+        len: usize,
+    ) -> Result<(Appended, ObjectDigest, usize), ReadError> {
+        let is_pruned = !planted(Mutant::FloorNotRead) && self.floor().await? > seq;
+        Ok((if is_pruned { Appended::BelowFloor } else { Appended::Ours }, hash, len))
     }
 
     /// Writes the hint of the newest number.
@@ -293,3 +325,7 @@ impl GroupLog {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "catalog_tests.rs"]
+mod tests;

@@ -141,16 +141,16 @@ pub struct Layers {
 }
 
 /// Folds until the point is within `limits`: gives, for each volume whose base was written anew, its recomputed
-/// digest. `room` is how many loose segments the caller is going to add itself (the inline one).
+/// digest. `inline` is what the caller is going to add itself, as one more loose segment.
 pub async fn fold_point(
     target: &FoldTarget,
     layers: &mut Layers,
-    room: usize,
+    inline: Option<&Loose>,
     ids: &mut IdSource,
 ) -> Result<Vec<(VolumeSlot, VolumeDigest)>, ReadError> {
-    let entries: usize = layers.view.loose.iter().map(|l| l.0.len()).sum();
+    let entries: usize = layers.view.loose.iter().map(|l| &**l).chain(inline).map(|l| l.0.len()).sum();
     let limits = target.limits;
-    let fits = layers.segments.len() + room <= limits.segments && entries <= limits.entries;
+    let fits = layers.segments.len() + usize::from(inline.is_some()) <= limits.segments && entries <= limits.entries;
     if fits && layers.view.deltas.len() <= limits.deltas {
         return Ok(Vec::new());
     }

@@ -108,8 +108,8 @@ impl GroupLog {
         // Listed before the newest record is looked for: what a checkpoint tells of was there before it.
         let checkpoints = self.list(&self.keys().checkpoint(LogSeq(0))).await?;
         let extent = self.extent(checkpoints.last().and_then(number_of), &mut history).await?;
-        let (mut previous, from) = self.checkpoint(checkpoints, &mut history).await?;
         let floor = self.readable_floor().await?;
+        let (mut previous, from) = self.checkpoint(checkpoints, floor, &mut history).await?;
         for numbers in extent.numbers(from).chunks(READ_AHEAD) {
             let mut reads = JoinSet::new();
             for &seq in numbers {
@@ -186,14 +186,6 @@ impl GroupLog {
         }
     }
 
-    /// The floor, or 0 where it is damaged: too much is looked for then, and nothing is passed over.
-    async fn readable_floor(&self) -> Result<LogSeq, ReadError> {
-        match self.floor().await {
-            Err(e) if e.is_damage() => Ok(LogSeq(0)),
-            other => other,
-        }
-    }
-
     async fn is_untouched(&self) -> Result<bool, ReadError> {
         let any = format!("groups/{}/", self.group());
         Ok(self.store().list(&any, None, 1).await?.is_empty())
@@ -222,6 +214,7 @@ impl GroupLog {
     async fn checkpoint(
         &self,
         keys: Vec<ObjectKey>,
+        floor: LogSeq,
         history: &mut History,
     ) -> Result<(Option<ObjectDigest>, u64), ReadError> {
         for key in keys.into_iter().rev() {
@@ -242,7 +235,7 @@ impl GroupLog {
                 Err(e) => return Err(e),
             }
         }
-        Ok((None, self.readable_floor().await?.0))
+        Ok((None, floor.0))
     }
 
     /// The point that is meant, and its record.

@@ -194,7 +194,15 @@ impl Round {
     pub async fn absorb(&self, state: &mut GroupState) -> Result<(), ReadError> {
         let target = self.fold_target(state);
         let Some(known) = &mut state.known else { return Ok(()) };
-        for (reference, index) in self.ingest.writer().collect().await? {
+        let collected = match self.ingest.writer().collect().await {
+            Ok(collected) => collected,
+            Err(error) => {
+                // What was stored before it failed is not known any more: the store tells.
+                state.forget();
+                return Err(error.into());
+            }
+        };
+        for (reference, index) in collected {
             known.draft.add(reference, index);
         }
         if known.draft.wants_fold(self.limits) {
@@ -283,8 +291,9 @@ impl Round {
         // The records inside the log record have no place yet: they are left out of folding and stay loose.
         layers.view.loose.retain(|l| !Arc::ptr_eq(l, &inline_loose));
         let mut ids = *lock(&known.ids);
-        let folded =
-            fold::fold_point(&target, &mut layers, usize::from(inline.is_some()), &mut ids).await.map_err(read)?;
+        let folded = fold::fold_point(&target, &mut layers, inline.as_ref().map(|_| &*inline_loose), &mut ids)
+            .await
+            .map_err(read)?;
         *lock(&known.ids) = ids;
         let checked = check_folded(&taken, &approved, &folded, inline.is_none())?;
 

@@ -229,11 +229,12 @@ async fn check_neighbours(log: &GroupLog, record: &Record, known: &[Damage]) -> 
         }
     };
     let own = log.read(record.seq).await?.map(|(_, hash)| hash);
-    if let Some(before) = record.seq.0.checked_sub(1).map(LogSeq) {
+    let floor = log.readable_floor().await?;
+    // What lies below the floor does not exist, whatever a writer that slept has put there.
+    if let Some(before) = record.seq.0.checked_sub(1).map(LogSeq).filter(|before| *before >= floor) {
         match log.read(before).await {
             Ok(Some((_, hash))) if hash == record.previous => {}
             Ok(Some(_)) => broken(record.seq, format!("it does not continue record {before}")),
-            Ok(None) if log.floor().await.is_ok_and(|floor| before < floor) => {}
             Ok(None) => broken(before, "it is missing".into()),
             Err(e) if e.is_damage() => broken(before, e.to_string()),
             Err(e) => return Err(e),

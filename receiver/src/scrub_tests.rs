@@ -48,6 +48,20 @@ async fn what_is_whole_is_called_so() {
     assert!(Share::parse("101%").is_err() && Share::parse("-1").is_err() && Share::parse("x").is_err());
 }
 
+/// What a writer that slept has put below the floor does not exist, and is no damage.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_that_is_revived_below_the_floor_is_no_damage() {
+    let (store, mut group, len) = group().await;
+    let other = noise(len, 2);
+    group.commit(&[("disk", 16384, &other)]).await;
+    group.prune(LogSeq(3)).await;
+    // Some record that the next one does not continue.
+    let keys = group.state.log().keys();
+    store.tamper(&keys.log(LogSeq(2)), Some(store.objects()[&keys.log(LogSeq(3))].clone()));
+    let report = check(&group, "100%").await.expect("checked");
+    assert!(report.damaged.is_empty(), "{:?}", report.damaged);
+}
+
 /// Objects that no restore reads: who may come in, and who was seen when.
 const NOT_FOR_RESTORES: [&str; 5] = ["tokens/", "redeemed/", "revoked/", "seen/", "/agents/"];
 

@@ -14,7 +14,8 @@ use backhaul_protocol::limits::BLOCKS_PER_PAGE;
 use backhaul_protocol::record::{Encoder, encode_zeroes, split_record};
 use backhaul_protocol::session::compare::{BlockSet, RoundDigester, RoundDigests, differing};
 use backhaul_protocol::session::sink::{Peer, Sink};
-use backhaul_protocol::store::checkpoint::{Sharing, StoreFormat};
+use backhaul_protocol::store::checkpoint::{Sharing, StoreFormat, write_seq};
+use backhaul_protocol::store::envelope::Kind as ObjectKind;
 use backhaul_protocol::store::fleet::AgentRole;
 use backhaul_protocol::store::key;
 use backhaul_protocol::store::log::{MachineId, UnixMillis};
@@ -74,6 +75,16 @@ impl TestGroup {
             resources,
             held: Vec::new(),
             now: UnixMillis(1_700_000_000_000),
+        }
+    }
+
+    /// Raises the floor and removes what is below it, as retention does.
+    pub(crate) async fn prune(&self, floor: LogSeq) {
+        let (log, store) = (self.state.log(), &self.catalog.store);
+        let bytes = Bytes::from(write_seq(ObjectKind::Floor, floor));
+        store.put_hint(&log.keys().floor(), bytes).await.expect("put");
+        for seq in 0..floor.0 {
+            store.delete(&log.keys().log(LogSeq(seq))).await.expect("deleted");
         }
     }
 

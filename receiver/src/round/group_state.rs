@@ -63,8 +63,9 @@ impl GroupState {
     /// Makes sure that what is known is the newest.
     pub(super) async fn refresh(&mut self) -> Result<&mut KnownHead, ReadError> {
         if let Some(known) = &self.known {
-            let next = known.head.record.seq.next();
-            if self.log.read(next).await?.is_some() {
+            let seq = known.head.record.seq;
+            // Where the next record is gone, too, the log went on without us for long.
+            if self.log.read(seq.next()).await?.is_some() || self.log.readable_floor().await? > seq {
                 reached(Situation::KnownHeadWasOld);
                 self.known = None;
             }

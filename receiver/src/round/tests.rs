@@ -10,7 +10,7 @@ use backhaul_protocol::store::log::UnixMillis;
 use backhaul_protocol::wire::message::{Reason, VolumesChanged};
 use tokio::sync::watch;
 
-use super::{LATE, Late, wait_for};
+use super::{GroupState, LATE, Late, wait_for};
 use crate::fold::FoldTarget;
 use crate::ingest::Progress;
 use crate::limits::Limits;
@@ -122,6 +122,20 @@ async fn maps_of_a_commit_that_failed_are_not_taken_for_the_drafts() {
     group.state.forget();
     let known = group.state.refresh().await.expect("readable");
     assert!(known.draft.deltas.is_empty(), "{:?}", known.draft.deltas);
+}
+
+/// What a receiver remembers is no excuse: the log went on, and was pruned beyond the record after the one it knows.
+#[tokio::test]
+async fn a_log_that_was_pruned_meanwhile_is_read_anew() {
+    let mut group = TestGroup::new(Arc::new(MemStore::new()), 1 << 20).await;
+    group.commit(&[("a", BLOCK, &noise(100_000, 0))]).await;
+    let mut slept = GroupState::new(group.state.log().clone());
+    assert_eq!(slept.refresh().await.expect("readable").head.record.seq, LogSeq(1));
+    for i in 1..7 {
+        group.commit(&[("a", BLOCK, &noise(100_000, i))]).await;
+    }
+    group.prune(LogSeq(6)).await;
+    assert_eq!(slept.refresh().await.expect("readable").head.record.seq, LogSeq(7));
 }
 
 /// Whatever the receiver's clock does: points are never older than those before them.
