@@ -115,7 +115,7 @@ pub struct PointBody {
     pub machine: MachineId,
     /// The lowest slot that no volume of the group ever had: slots are never reused.
     pub next_slot: VolumeSlot,
-    /// All volumes, by slot.
+    /// All volumes, in the order in which the agent opened them.
     pub volumes: Vec<PointVolume>,
     /// What changed since the base maps, in no order of precedence: captures decide.
     pub deltas: Vec<MapRef>,
