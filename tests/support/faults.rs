@@ -52,6 +52,13 @@ pub enum HttpFault {
     Say(u16, &'static str),
 }
 
+impl HttpFault {
+    /// Whether the client gets an answer, and not from the server.
+    fn is_answered_alone(&self) -> bool {
+        matches!(self, Self::Refuse(..) | Self::WrongRegion(_) | Self::Say(..))
+    }
+}
+
 /// Mark on a request that the server does not look at its range.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct IgnoreRange;
@@ -150,6 +157,11 @@ impl Front {
             headers: headers.collect(),
         });
         let mut request = request.map(Body::from);
+        if fault.as_ref().is_some_and(HttpFault::is_answered_alone) {
+            // A connection that is closed on a body half-way is reset, and the answer is lost on its way now and then: the
+            // client is right to ask again, and nothing was tested.
+            let _ = request.body_mut().store_all_limited(1 << 30).await;
+        }
         match &fault {
             Some(HttpFault::Refuse(status, code)) => return refuse(*status, code, None),
             Some(HttpFault::WrongRegion(region)) => return refuse(301, "PermanentRedirect", Some(region)),
