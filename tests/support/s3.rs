@@ -39,7 +39,8 @@ pub const SECRET_KEY: &str = "not/a+secret";
 pub enum Conditional {
     /// Keeps it: of all writers one wins.
     Atomic,
-    /// Looks, takes this long, and writes, as s3s-fs 0.14 does.
+    /// Looks, waits until somebody else has looked for the same name, or this long, and writes: what s3s-fs 0.14 does when
+    /// both look at once, however late the second one comes.
     Racy(Duration),
     /// Takes no notice, as Garage 2.5 does.
     Ignored,
@@ -62,7 +63,8 @@ impl TestS3 {
     /// A server with another idea of a conditional PUT.
     pub fn with(conditional: Conditional) -> Self {
         let objects = Objects::default();
-        let mut service = S3ServiceBuilder::new(Backend { objects: objects.clone(), conditional });
+        let mut service =
+            S3ServiceBuilder::new(Backend { objects: objects.clone(), conditional, looks: Mutex::default() });
         service.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
         let front = Front::new(service.build());
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
@@ -172,6 +174,20 @@ impl Objects {
 struct Backend {
     objects: Objects,
     conditional: Conditional,
+    /// How many looked for a name before they wrote it.
+    looks: Mutex<BTreeMap<String, u32>>,
+}
+
+impl Backend {
+    /// Waits until somebody else has looked too, or so long.
+    async fn wait_for_another_look(&self, name: &str, limit: Duration) {
+        let looks = || self.looks.lock().unwrap_or_else(PoisonError::into_inner);
+        *looks().entry(name.to_owned()).or_default() += 1;
+        let until = tokio::time::Instant::now() + limit;
+        while looks()[name] < 2 && tokio::time::Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
 }
 
 fn check_bucket(bucket: &str) -> S3Result<()> {
@@ -206,11 +222,13 @@ impl S3 for Backend {
                 }
                 objects.insert(input.key, stored);
             }
-            Conditional::Racy(pause) => {
+            Conditional::Racy(limit) => {
                 if only_if_absent && self.objects.lock().contains_key(&input.key) {
                     return Err(taken());
                 }
-                tokio::time::sleep(pause).await;
+                if only_if_absent {
+                    self.wait_for_another_look(&input.key, limit).await;
+                }
                 self.objects.lock().insert(input.key, stored);
             }
             Conditional::Ignored => drop(self.objects.lock().insert(input.key, stored)),
