@@ -155,9 +155,15 @@ where
     }
 }
 
+/// What the receiver should answer at once. A connection alone does not tell that it will: it is kept alive by a thread
+/// of its own.
+pub async fn in_time<T>(answer: impl Future<Output = Result<T, TransportError>>) -> Result<T, TransportError> {
+    tokio::time::timeout(PATIENCE, answer).await.map_err(|_| TransportError::Timeout(PATIENCE))?
+}
+
 /// Greets; where the connection was closed meanwhile, the reason of that is the error.
 pub async fn greet(link: Arc<dyn Link>) -> Result<Connected, TransportError> {
-    match control::greet(&*link).await {
+    match in_time(control::greet(&*link)).await {
         Ok((sender, receiver)) => Ok(Connected { link, sender, receiver }),
         Err(error) => Err(link.close_reason().unwrap_or(error)),
     }
@@ -167,7 +173,7 @@ async fn renew(state: &StateDir, connected: &mut Connected) -> Result<(), Sessio
     let request = state.ensure_key()?.request()?;
     connected.sender.send(&AgentMessage::Renew { request }).await?;
     loop {
-        match connected.receiver.receive().await? {
+        match in_time(connected.receiver.receive()).await? {
             Some(ReceiverMessage::Waiting(waiting)) => tracing::warn!("{waiting}"),
             Some(ReceiverMessage::Renewed { certificates }) => return Ok(state.write_chain(&certificates)?),
             Some(ReceiverMessage::Refused(refusal)) => return Err(SourceError::Refused(refusal).into()),

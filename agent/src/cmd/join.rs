@@ -17,7 +17,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::Context;
-use crate::connection::{Connected, greet, resolve};
+use crate::connection::{Connected, greet, in_time, resolve};
 use crate::machine::machine_id;
 use crate::state::Joined;
 
@@ -70,7 +70,7 @@ pub async fn run(args: JoinArgs, ctx: &Context, out: Output) -> anyhow::Result<E
         host: host_name(),
     };
     sender.send(&AgentMessage::Join(join)).await?;
-    let answer = receiver.receive().await?;
+    let answer = in_time(receiver.receive()).await?;
     sender.finish();
     link.goodbye().await;
     let joined = match answer {
