@@ -41,6 +41,11 @@ impl Credit {
         Window { credit: self.clone(), taken }
     }
 
+    /// Bytes that sessions have.
+    pub fn granted(&self) -> u32 {
+        SHARED - *self.lock()
+    }
+
     fn lock(&self) -> MutexGuard<'_, u32> {
         // Nothing in here panics half-way through a change.
         self.left.lock().unwrap_or_else(PoisonError::into_inner)

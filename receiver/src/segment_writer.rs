@@ -42,6 +42,11 @@ impl Budget {
         Arc::new(Self { pieces: Arc::new(Semaphore::new(total)), total, writers: Mutex::default() })
     }
 
+    /// Bytes that are in use.
+    pub fn taken(&self) -> usize {
+        (self.total - self.pieces.available_permits()) * PIECE
+    }
+
     /// Waits for so many bytes. Who has to wait makes the largest open segment of any session go to the store.
     async fn take(&self, bytes: usize) -> OwnedSemaphorePermit {
         let pieces = bytes.div_ceil(PIECE).clamp(1, self.total) as u32;

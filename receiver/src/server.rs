@@ -165,6 +165,23 @@ pub struct Shared {
     pub session_numbers: AtomicU64,
 }
 
+/// What sessions hold at this moment: nothing of it when there are none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct InUse {
+    /// Connections whose handshake is under way.
+    pub handshakes: usize,
+    /// Connections without a certificate.
+    pub strangers: usize,
+    /// Sessions that are open.
+    pub sessions: usize,
+    /// Groups of which something is remembered.
+    pub groups: usize,
+    /// Credit of QUIC, bytes.
+    pub credit: u32,
+    /// Memory for segments, bytes.
+    pub memory: usize,
+}
+
 /// The authority, which has no useful text form.
 pub struct AuthorityHandle(pub Authority);
 
@@ -216,6 +233,18 @@ impl Shared {
     /// Groups of which something is remembered.
     pub fn groups_in_use(&self) -> usize {
         lock(&self.groups).len()
+    }
+
+    /// What sessions hold.
+    pub fn in_use(&self) -> InUse {
+        InUse {
+            handshakes: self.handshakes.inside(),
+            strangers: self.strangers.inside(),
+            sessions: self.sessions.inside(),
+            groups: self.groups_in_use(),
+            credit: self.credit.granted(),
+            memory: self.resources.budget.taken(),
+        }
     }
 }
 
@@ -297,6 +326,11 @@ impl Server {
             tracing::warn!("this store has no atomic conditional write: never run a second receiver on it");
         }
         Self { endpoint, shared: Shared::new(catalog, authority, settings) }
+    }
+
+    /// What its sessions share, to be watched.
+    pub fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
     }
 
     /// The address that it is bound to.
