@@ -189,6 +189,8 @@ async fn serve_agent(
             }
         }
         sender.finish();
+        // A connection that is closed takes with it what has not arrived, be it the answer to a commit.
+        sender.delivered().await;
     });
     let busy = Busy::default();
     let notices = crate::notices::tell(shared.catalog.store.waits(), busy.clone(), out.clone());

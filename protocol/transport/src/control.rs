@@ -41,6 +41,10 @@ impl<M: Sendable> ControlSender<M> {
     pub fn finish(&mut self) {
         self.stream.finish();
     }
+    /// Waits until the other side has all of them, or is gone; after [`Self::finish`].
+    pub async fn delivered(&mut self) {
+        self.stream.stopped().await;
+    }
 }
 
 impl<M: Receivable> ControlReceiver<M> {
