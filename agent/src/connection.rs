@@ -145,10 +145,18 @@ where
     loop {
         attempts.push(Box::pin(begin()));
         let answer = std::future::poll_fn(|cx| {
-            let polled = attempts.iter_mut().map(|a| a.as_mut().poll(cx));
-            polled.into_iter().find(Poll::is_ready).unwrap_or(Poll::Pending)
+            let mut at = 0;
+            while at < attempts.len() {
+                match attempts[at].as_mut().poll(cx) {
+                    Poll::Pending => at += 1,
+                    // The receiver gave up on this one while it could not be heard, and not on the others.
+                    Poll::Ready(Err(error)) if error.is_given_up() && attempts.len() > 1 => drop(attempts.remove(at)),
+                    ready => return ready,
+                }
+            }
+            Poll::Pending
         });
-        // The first one that fails, by its idle timeout at the latest, ends it.
+        // The first one that is not answered within its idle timeout ends it.
         if let Ok(answered) = tokio::time::timeout(NEXT_ATTEMPT, answer).await {
             return answered;
         }

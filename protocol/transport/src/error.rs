@@ -70,6 +70,12 @@ impl TransportError {
         }
     }
 
+    /// Whether the other side closed a connection that was not made yet, and not for what it was shown: it waited too
+    /// long for the rest, or has no room.
+    pub fn is_given_up(&self) -> bool {
+        matches!(self, Self::Connection(quinn::ConnectionError::ConnectionClosed(_))) && self.is_retryable()
+    }
+
     /// Whether the other side's certificate, or ours, was the reason.
     pub fn is_authentication(&self) -> bool {
         match self {
