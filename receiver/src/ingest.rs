@@ -3,7 +3,6 @@
 //! Read first: [`Ingest::run_stream`]. Decompressing and hashing happen on blocking threads, never on the endpoint's.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use backhaul_protocol::record::{HEADER_LEN, RecordBody, RecordError, RecordHeader, Verifier, split_record};
 use backhaul_protocol::session::sink::Admission;
@@ -29,7 +28,6 @@ pub struct Ingest {
     /// Streams of this round that may have a batch in their hands.
     turns: Semaphore,
     progress: watch::Sender<Progress>,
-    bytes: AtomicU64,
 }
 
 /// How far a round's records have come.
@@ -45,14 +43,7 @@ impl Ingest {
     /// For one round.
     pub fn new(admission: Admission, writer: Arc<SegmentWriter>, verifiers: Arc<Semaphore>) -> Arc<Self> {
         let progress = watch::Sender::new(Progress::default());
-        Arc::new(Self {
-            admission,
-            writer,
-            verifiers,
-            turns: Semaphore::new(TURNS),
-            progress,
-            bytes: AtomicU64::new(0),
-        })
+        Arc::new(Self { admission, writer, verifiers, turns: Semaphore::new(TURNS), progress })
     }
 
     /// Where the records go.
@@ -62,10 +53,6 @@ impl Ingest {
     /// To wait for records.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.subscribe()
-    }
-    /// Bytes of records taken so far.
-    pub fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Relaxed)
     }
 
     /// Takes one stream to its end.
@@ -100,7 +87,6 @@ impl Ingest {
                 self.writer.push(&batch, &records).await;
             }
             drop(turn);
-            self.bytes.fetch_add(batch.len() as u64, Ordering::Relaxed);
             self.progress.send_modify(|p| p.records += records.len() as u64);
         }
         Ok(())
