@@ -108,8 +108,9 @@ impl GroupLog {
         // Listed before the newest record is looked for: what a checkpoint tells of was there before it.
         let checkpoints = self.list(&self.keys().checkpoint(LogSeq(0))).await?;
         let extent = self.extent(checkpoints.last().and_then(number_of), &mut history).await?;
+        let mut previous = self.checkpoint(checkpoints, &mut history).await?;
         let floor = self.readable_floor().await?;
-        let (mut previous, from) = self.checkpoint(checkpoints, floor, &mut history).await?;
+        let from = history.checkpoint.map_or(floor, LogSeq::next).0;
         for numbers in extent.numbers(from).chunks(READ_AHEAD) {
             let mut reads = JoinSet::new();
             for &seq in numbers {
@@ -210,13 +211,8 @@ impl GroupLog {
         Ok(found.into_iter().map(|(key, _)| key).collect())
     }
 
-    /// Points, hash and number of the newest checkpoint that can be read: where to go on reading.
-    async fn checkpoint(
-        &self,
-        keys: Vec<ObjectKey>,
-        floor: LogSeq,
-        history: &mut History,
-    ) -> Result<(Option<ObjectDigest>, u64), ReadError> {
+    /// Points and number of the newest checkpoint that can be read; gives the hash of its record.
+    async fn checkpoint(&self, keys: Vec<ObjectKey>, history: &mut History) -> Result<Option<ObjectDigest>, ReadError> {
         for key in keys.into_iter().rev() {
             let Some(at) = number_of(&key) else { continue };
             let read = get_optional(&**self.store(), &key, MAX_CHECKPOINT).await.map_err(ReadError::from);
@@ -228,14 +224,14 @@ impl GroupLog {
                 Ok(Some(checkpoint)) => {
                     history.points = checkpoint.points;
                     history.checkpoint = Some(at);
-                    return Ok((Some(checkpoint.hash), at.0 + 1));
+                    return Ok(Some(checkpoint.hash));
                 }
                 Ok(None) => {}
                 Err(e) if e.is_damage() => history.aside.push(e),
                 Err(e) => return Err(e),
             }
         }
-        Ok((None, floor.0))
+        Ok(None)
     }
 
     /// The point that is meant, and its record.
