@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use backhaul_protocol::ids::{AgentId, CommitId};
+use backhaul_protocol::store::checkpoint::write_seq;
+use backhaul_protocol::store::envelope::Kind as ObjectKind;
 use backhaul_protocol::store::log::{Body, PromoteBody};
 use bytes::Bytes;
 
@@ -245,4 +247,29 @@ async fn a_checkpoint_tells_how_long_the_log_was() {
     // One that can't be read costs nothing but time.
     flip(&store, &log.keys().checkpoint(LogSeq(6)));
     assert_eq!(numbers(&log.whole_history().await.expect("the store works")), [1, 2, 3, 4]);
+}
+
+/// A writer that slept may put a record where records were deleted: below the floor there are no points (I4).
+#[tokio::test]
+async fn a_record_below_the_floor_is_no_point() {
+    let (store, group) = group(6).await;
+    let log = log(&group).await;
+    let times: Vec<UnixMillis> = log.history().await.expect("the store works").points.iter().map(|p| p.time).collect();
+    log.write_checkpoint(LogSeq(4)).await.expect("the store works");
+    flip(&store, &log.keys().log(LogSeq(2)));
+    store.tamper(&log.keys().floor(), Some(Bytes::from(write_seq(ObjectKind::Floor, LogSeq(4)))));
+    // Where a checkpoint tells of them, and where the log is read itself.
+    for with_checkpoint in [true, false] {
+        if !with_checkpoint {
+            store.tamper(&log.keys().checkpoint(LogSeq(4)), None);
+        }
+        let history = log.whole_history().await.expect("the store works");
+        assert_eq!(numbers(&history), [4, 5, 6], "checkpoint {with_checkpoint}");
+        assert!(history.unreadable.is_empty(), "what lies below the floor is not missed: {:?}", history.unreadable);
+        for spec in [PointSpec::Number(LogSeq(3)), PointSpec::Number(LogSeq(2)), PointSpec::Time(times[2])] {
+            let error = log.find(spec).await.map(|(record, _)| record.seq).expect_err("it does not exist");
+            assert!(matches!(error, ReadError::NotFound(_)), "checkpoint {with_checkpoint}, {spec:?}: {error}");
+        }
+        assert_eq!(log.find(PointSpec::Number(LogSeq(4))).await.expect("it exists").0.seq, LogSeq(4));
+    }
 }

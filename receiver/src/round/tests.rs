@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::geometry::Geometry;
-use backhaul_protocol::ids::{Generation, LogSeq, VolumeSlot};
-use backhaul_protocol::store::log::UnixMillis;
-use backhaul_protocol::wire::message::{Reason, VolumesChanged};
+use backhaul_protocol::ids::{AgentId, Generation, Incarnation, LogSeq, StateId, VolumeSlot};
+use backhaul_protocol::session::sink::{Peer, Sink};
+use backhaul_protocol::store::log::{Body, MachineId, PromoteBody, UnixMillis};
+use backhaul_protocol::wire::message::{Open, OpenVolume, Reason, VolumesChanged};
 use tokio::sync::watch;
 
 use super::{GroupState, LATE, Late, wait_for};
@@ -184,4 +185,41 @@ async fn a_draft_is_found_again_without_reading_its_pages() {
     assert!(reads <= 3, "head, rows and reach, and no page: {:?}", &trace[before..]);
     assert!(known.draft.max_capture >= exact && known.end_capture > known.draft.max_capture);
     assert_eq!(known.draft.pages().await.expect("readable"), pages);
+}
+
+/// Whom the operator made the writer may have been restored from an old image, list of volumes and all; nobody else.
+#[tokio::test]
+async fn an_adopted_agent_may_come_with_an_older_list_of_volumes() {
+    let mut group = TestGroup::new(Arc::new(MemStore::new()), 1 << 20).await;
+    group.commit(&[("a", BLOCK, &noise(40 * BLOCK as usize, 1))]).await;
+    let (mut head, _) = group.state.log().head().await.expect("readable");
+    let (_, point) = head.point.as_mut().expect("a point");
+    point.volumes[0].incarnation = Incarnation(5);
+    let (agent, machine, nonces) = (point.agent, point.machine, vec![head.record.nonce]);
+    let held = head.volumes()[0].clone();
+    let peer = Peer { agent, joined_machine: machine };
+    let shorter = Geometry::new(BLOCK, 30 * u64::from(BLOCK)).expect("legal");
+    let mut promoted = head.clone();
+    promoted.record.body = Body::Promote(PromoteBody { agent });
+    for (incarnation, geometry, is_older) in [
+        (Incarnation(5), held.geometry, false),
+        (Incarnation(6), shorter, false),
+        (Incarnation(4), held.geometry, true),
+        (Incarnation(5), shorter, true),
+        (Incarnation(3), shorter, true),
+    ] {
+        let offer = OpenVolume { id: held.id, name: held.name.clone(), incarnation, geometry };
+        let (state, nonces) = (StateId([1; 16]), nonces.clone());
+        let open = Open { state, nonces, machine, high_water: LogSeq(0), volumes: vec![offer] };
+        let refused = Sink::new(peer).open(&head, &open).err().map(|refused| refused.reason);
+        assert_eq!(refused, is_older.then_some(Reason::Volume), "{incarnation:?} {geometry:?}");
+        let taken = Sink::new(peer).open(&promoted, &open).expect("the operator has named this agent");
+        assert_eq!(taken.volumes[0].slot, held.slot, "the same volume, in the same place");
+        let whole = geometry == held.geometry;
+        assert_eq!(taken.volumes[0].head_digest.is_some(), whole, "of another size everything is compared");
+        let other = Peer { agent: AgentId([77; 16]), joined_machine: machine };
+        let machine = MachineId([1; 32]);
+        let refused = Sink::new(other).open(&promoted, &Open { machine, ..open }).expect_err("nobody else");
+        assert_eq!(refused.reason, Reason::Diverged);
+    }
 }
