@@ -397,4 +397,32 @@ mod tests {
         drop(two);
         assert_eq!(server.shared.groups_in_use(), 0);
     }
+
+    fn is_told(session: &Notify) -> bool {
+        let mut told = std::pin::pin!(session.notified());
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        told.as_mut().poll(&mut cx).is_ready()
+    }
+
+    /// A session that waits for the store while it opens has the group's state and does not write yet.
+    #[tokio::test]
+    async fn who_opens_and_who_writes_hear_of_a_newer_session_and_that_one_does_not() {
+        let group = TestGroup::new(Arc::new(MemStore::new()), 1 << 20).await;
+        let (certificate, key) = Authority::generate(clock::now()).expect("a key");
+        let authority = Authority::from_pem(&certificate, &key).expect("just made");
+        let shared = Shared::new(group.catalog.clone(), authority, ServerSettings::default());
+        let slot = Shared::slot(&shared, GroupId([1; 16]));
+        let [opens, newer, newest] = [(); 3].map(|()| Arc::new(Notify::new()));
+        let before = slot.writers();
+        slot.hold(opens.clone());
+        slot.take_over(newer.clone());
+        assert!(is_told(&opens) && !is_told(&newer), "who holds the state gives way (I4)");
+        assert!(!slot.take_over_at(before, opens.clone()), "and does not end the newer one when it has opened");
+        assert!(!is_told(&newer));
+        // The same one holds and writes.
+        slot.hold(newer.clone());
+        assert!(slot.take_over_at(slot.writers(), newer.clone()) && !is_told(&newer));
+        slot.take_over(newest.clone());
+        assert!(is_told(&newer) && !is_told(&newest) && !is_told(&opens), "each is told once, by the next one");
+    }
 }

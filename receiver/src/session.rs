@@ -329,3 +329,6 @@ async fn admit(shared: &Shared, identity: &AgentIdentity) -> Result<(Peer, Ticke
     let joined = access::joined_agent(&shared.catalog, identity).await.map_err(|e| e.refusal())?;
     Ok((Peer { agent: identity.agent, joined_machine: joined.machine }, ticket))
 }
+
+#[cfg(test)]
+mod tests;
