@@ -13,6 +13,7 @@ use backhaul_protocol::session::source::{Source, SourceError, SourceOutput};
 use backhaul_protocol::store::log::UnixMillis;
 use backhaul_protocol::wire::message::{AgentMessage, ReceiverMessage};
 use backhaul_seams::clock;
+use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_transport::authority::AGENT_LIFE;
 use backhaul_transport::control::{self, ControlReceiver, ControlSender};
 use backhaul_transport::endpoint::{Endpoint, Windows};
@@ -142,6 +143,9 @@ where
     F: Future<Output = Result<T, TransportError>>,
 {
     let mut attempts = Vec::new();
+    if planted(Mutant::OneAttemptToConnect) {
+        return begin().await;
+    }
     loop {
         attempts.push(Box::pin(begin()));
         let answer = std::future::poll_fn(|cx| {
@@ -166,6 +170,9 @@ where
 /// What the receiver should answer at once. A connection alone does not tell that it will: it is kept alive by a thread
 /// of its own.
 pub async fn in_time<T>(answer: impl Future<Output = Result<T, TransportError>>) -> Result<T, TransportError> {
+    if planted(Mutant::GreetingWaitedFor) {
+        return answer.await;
+    }
     tokio::time::timeout(PATIENCE, answer).await.map_err(|_| TransportError::Timeout(PATIENCE))?
 }
 
@@ -211,10 +218,16 @@ impl Session {
         // A task of its own: receiving must not be cut off in the middle of a message.
         tokio::spawn(async move {
             loop {
-                let message = receiver.receive().await;
+                let mut message = receiver.receive().await;
                 // Said here, whatever the session is busy with.
                 if let Ok(Some(ReceiverMessage::Waiting(waiting))) = &message {
                     tracing::warn!("{waiting}");
+                    if planted(Mutant::WaitingNotHeard) {
+                        continue;
+                    }
+                    if planted(Mutant::WaitingIsABreak) {
+                        message = Ok(None);
+                    }
                 }
                 let last = !matches!(message, Ok(Some(_)));
                 if forward.send(message).await.is_err() || last {
@@ -226,7 +239,7 @@ impl Session {
             link,
             sender,
             inbox,
-            machine: Source::new(PATIENCE),
+            machine: Source::new(if planted(Mutant::AnswerWaitedFor) { PATIENCE * 1000 } else { PATIENCE }),
             ready: VecDeque::new(),
             started: Instant::now(),
             message_bytes,

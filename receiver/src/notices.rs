@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use backhaul_protocol::wire::message::{ReceiverMessage, Waiting};
+use backhaul_seams::mutant::{Mutant, planted};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -77,6 +78,9 @@ async fn run(waits: Option<Waits>, busy: Busy, out: mpsc::Sender<ReceiverMessage
 }
 
 fn notice(waits: Option<&Waits>, busy: &Busy) -> Option<Waiting> {
+    if planted(Mutant::WaitingNotSaid) {
+        return None;
+    }
     let seconds = |d: Duration| u32::try_from(d.as_secs()).unwrap_or(u32::MAX);
     if let Some(waiting) = waits.and_then(Waits::longest) {
         let (since, limit) = (seconds(waiting.since.elapsed()), seconds(waiting.total));

@@ -291,6 +291,9 @@ impl SegmentWriter {
     fn take(&self, uploaded: Uploaded) -> Stored {
         self.uncollected.fetch_sub(pieces(uploaded.charged.as_ref()), Ordering::AcqRel);
         self.collected.notify_waiters();
+        if planted(Mutant::MemoryKept) {
+            std::mem::forget(uploaded.charged);
+        }
         uploaded.stored
     }
 

@@ -11,7 +11,8 @@ use std::time::Duration;
 use backhaul_protocol::ids::{AgentId, GroupId};
 use backhaul_protocol::store::checkpoint::Sharing;
 use backhaul_protocol::wire::message::CloseCode;
-use backhaul_seams::clock;
+use backhaul_seams::mutant::{Mutant, planted};
+use backhaul_seams::{clock, random};
 use backhaul_transport::authority::Authority;
 use backhaul_transport::endpoint::{Endpoint, Medium, Serving, Windows};
 use backhaul_transport::error::TransportError;
@@ -106,7 +107,8 @@ impl GroupSlot {
         let mut writer = lock(&self.writer);
         writer.count += 1;
         let (older, holder) = (writer.superseded.replace(own.clone()), writer.holder.take());
-        for older in [older, holder].into_iter().flatten().filter(|o| !Arc::ptr_eq(o, &own)) {
+        let others = |o: &Arc<Notify>| !Arc::ptr_eq(o, &own) && !planted(Mutant::OlderNotTold);
+        for older in [older, holder].into_iter().flatten().filter(others) {
             older.notify_one();
         }
         writer.count
@@ -114,7 +116,9 @@ impl GroupSlot {
 
     /// This session has the group's state now.
     pub fn hold(&self, own: Arc<Notify>) {
-        lock(&self.writer).holder = Some(own);
+        if !planted(Mutant::HolderNotTold) {
+            lock(&self.writer).holder = Some(own);
+        }
     }
 
     /// The same, unless there was a newer one since there were so many: an older session must not end it.
@@ -226,7 +230,10 @@ impl Shared {
                 last_hint: Mutex::default(),
             })
         };
-        let slot = groups.entry(group).or_insert_with(new).clone();
+        let slot = match planted(Mutant::GroupsNotShared) {
+            false => groups.entry(group).or_insert_with(new).clone(),
+            true => new(),
+        };
         SlotInUse { shared: shared.clone(), group, slot }
     }
 
@@ -288,6 +295,9 @@ fn reset_key(authority: &Authority) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new_keyed(&authority.reset_key());
     // Where there is none, resets are still this authority's.
     hasher.update(&std::fs::read("/etc/machine-id").unwrap_or_default());
+    if planted(Mutant::ResetKeyMadeAnew) {
+        hasher.update(&random::bytes::<16>());
+    }
     *hasher.finalize().as_bytes()
 }
 
@@ -367,6 +377,9 @@ impl Server {
             }
         }
         let drained = async { while sessions.join_next().await.is_some() {} };
+        if planted(Mutant::ShutdownWaitsForNobody) {
+            return self.endpoint.close(CloseCode::ShuttingDown, "").await;
+        }
         if tokio::time::timeout(Duration::from_secs(30), drained).await.is_err() {
             tracing::warn!("sessions did not end within 30 s; what had arrived is sent again");
         }

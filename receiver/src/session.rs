@@ -13,6 +13,7 @@ use backhaul_protocol::ids::AgentId;
 use backhaul_protocol::session::sink::Peer;
 use backhaul_protocol::wire::message::{AgentMessage, CloseCode, Reason, ReceiverMessage, Refusal};
 use backhaul_seams::clock;
+use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_transport::control::{self, ControlReceiver, ControlSender};
 use backhaul_transport::error::TransportError;
 use backhaul_transport::link::{Link, QuicLink};
@@ -104,6 +105,9 @@ fn close(link: &dyn Link, served: Result<CloseCode, TransportError>) {
 async fn welcome(
     link: &dyn Link,
 ) -> Result<(ControlSender<ReceiverMessage>, ControlReceiver<AgentMessage>), TransportError> {
+    if planted(Mutant::HelloWaitedFor) {
+        return control::welcome(link).await;
+    }
     let welcome = tokio::time::timeout(PATIENCE, control::welcome(link));
     welcome.await.map_err(|_| TransportError::Timeout(PATIENCE))?
 }
@@ -204,7 +208,7 @@ async fn serve_agent(
             }
         }
     });
-    let (known, _ticket) = match admit(shared, &identity).await {
+    let (known, ticket) = match admit(shared, &identity).await {
         Ok(admitted) => admitted,
         Err(refused) => {
             tracing::warn!(agent = %identity.agent, reason = %refused, "refused a session");
@@ -244,6 +248,11 @@ async fn serve_agent(
     // They hold senders of their own: with them the writer would wait for messages that never come.
     drop((session, notices));
     let code = end(out, writer, reader, &mut messages, *result.as_ref().unwrap_or(&CloseCode::Done)).await;
+    match &result {
+        Err(_) if planted(Mutant::PlaceKept) => std::mem::forget(ticket),
+        Err(_) if planted(Mutant::CreditKept) => std::mem::forget(window),
+        _ => {}
+    }
     result.map(|_| code)
 }
 
@@ -267,6 +276,9 @@ async fn reason_to_end(
 
 /// Waits until the agent has been gone for a while: a commit that it asked for may still succeed.
 async fn gone(link: &dyn Link) {
+    if planted(Mutant::GoneNotNoticed) {
+        return std::future::pending().await;
+    }
     link.closed().await;
     tokio::time::sleep(GONE).await;
 }
@@ -276,6 +288,9 @@ async fn revoked(shared: &Shared, identity: &AgentIdentity) {
     let mut every = tokio::time::interval(shared.settings.revocation_check);
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     every.reset();
+    if planted(Mutant::RevokedStays) {
+        return std::future::pending().await;
+    }
     loop {
         every.tick().await;
         match tokio::time::timeout(LOOK_UP, access::is_revoked(&shared.catalog, identity.agent)).await {
@@ -307,6 +322,10 @@ async fn end(
     code: CloseCode,
 ) -> CloseCode {
     drop(out);
+    if planted(Mutant::RefusalCutOff) {
+        reader.abort();
+        return code;
+    }
     let _ = tokio::time::timeout(Duration::from_secs(2), writer).await;
     if code == CloseCode::Refused {
         // Messages that were sent before the refusal was read are passed over; the agent hangs up when it has it.

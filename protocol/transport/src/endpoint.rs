@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use backhaul_protocol::wire::SERVER_NAME;
 use backhaul_protocol::wire::message::CloseCode;
+use backhaul_seams::mutant::{Mutant, planted};
 use quinn::crypto::{CryptoError, HmacKey};
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime, TransportConfig, VarInt};
 use tokio::runtime::Handle;
@@ -221,6 +222,7 @@ fn transport(windows: Windows, server: bool) -> TransportConfig {
     let mut config = TransportConfig::default();
     let mut mtu = quinn::MtuDiscoveryConfig::default();
     mtu.upper_bound(MAX_PACKET);
+    let idle = quinn::IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT.as_millis() as u32));
     config
         .mtu_discovery_config(Some(mtu))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
@@ -229,8 +231,8 @@ fn transport(windows: Windows, server: bool) -> TransportConfig {
         .max_concurrent_bidi_streams(VarInt::from_u32(u32::from(server)))
         .max_concurrent_uni_streams(VarInt::from_u32(streams))
         .datagram_receive_buffer_size(None)
-        .keep_alive_interval(Some(KEEP_ALIVE))
-        .max_idle_timeout(Some(quinn::IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT.as_millis() as u32))));
+        .keep_alive_interval(Some(KEEP_ALIVE).filter(|_| !planted(Mutant::NoKeepAlive)))
+        .max_idle_timeout(Some(idle).filter(|_| !planted(Mutant::NoIdleTimeout)));
     config
 }
 

@@ -9,6 +9,7 @@ use backhaul_protocol::digest::{ObjectDigest, RangeDigest};
 use backhaul_protocol::ids::{CaptureNumber, VolumeSlot};
 use backhaul_protocol::session::sink::GroupHead;
 use backhaul_protocol::store::segment::DraftBinding;
+use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::random;
 
 use backhaul_seams::situation::{Situation, reached};
@@ -104,7 +105,10 @@ impl KnownHead {
         };
         let (generation, seq) = (head.record.generation, head.record.seq);
         let binding = DraftBinding { group: log.group(), base_commit: head.record.commit };
-        let draft = Draft::recover(log.store(), log.keys(), binding, generation, seq, head.max_capture()).await?;
+        let draft = match planted(Mutant::DraftForgotten) {
+            false => Draft::recover(log.store(), log.keys(), binding, generation, seq, head.max_capture()).await?,
+            true => Draft::empty(binding),
+        };
         // All of this may be told to an agent as committed or as arrived: it must not go away any more (I3).
         let written = [
             log.keys().log(seq).to_string(),

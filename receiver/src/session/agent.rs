@@ -11,6 +11,7 @@ use backhaul_protocol::session::sink::{Peer, Sink};
 use backhaul_protocol::store::fleet::AgentRole;
 use backhaul_protocol::wire::message::{AgentMessage, CloseCode, Commit, Open, Reason, ReceiverMessage, Refusal};
 use backhaul_seams::clock;
+use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::situation::{Situation, reached};
 use backhaul_transport::error::TransportError;
 use backhaul_transport::link::{Link, ReceiveHalf};
@@ -137,7 +138,9 @@ impl Session {
             };
             if let Err(refused) = done {
                 tracing::warn!(agent = %self.identity.agent, reason = ?refused.reason, text = %refused, "refused");
-                self.reply(ReceiverMessage::Refused(refused)).await;
+                if !planted(Mutant::RefusalNotSaid) {
+                    self.reply(ReceiverMessage::Refused(refused)).await;
+                }
                 return Ok(CloseCode::Refused);
             }
         }
@@ -199,7 +202,8 @@ impl Session {
 
     async fn open(&mut self, open: Open) -> Result<(), Refusal> {
         if self.identity.role != AgentRole::Writer {
-            return Err(refusal(Reason::Denied, "this agent joined with a restore-only token: it can't write"));
+            let reason = if planted(Mutant::RefusalOfAnotherKind) { Reason::Conflict } else { Reason::Denied };
+            return Err(refusal(reason, "this agent joined with a restore-only token: it can't write"));
         }
         self.leave().await;
         let (state, writers) = self.group_state(&open).await?;
@@ -326,6 +330,13 @@ impl Session {
 
     /// Ends what the session is doing; what has arrived stays as a draft.
     pub(super) async fn leave(&mut self) {
+        if planted(Mutant::TaskLeftBehind) {
+            let link = self.link.clone();
+            tokio::spawn(async move {
+                let _link = link;
+                std::future::pending::<()>().await
+            });
+        }
         self.streams.shutdown().await;
         if let Mode::Writing { round, mut held } = std::mem::replace(&mut self.mode, Mode::Idle) {
             round.abandon(&mut held.state).await;
