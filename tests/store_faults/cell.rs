@@ -46,10 +46,19 @@ pub async fn connect(s3: &TestS3) -> Arc<dyn ObjectStore> {
     Arc::new(Retrying::new(store.expect("nothing is asked"), settings().retry))
 }
 
+/// A client with so much patience that a busy machine never makes it ask again.
+async fn connect_patiently(s3: &TestS3) -> Arc<dyn ObjectStore> {
+    let minute = Duration::from_secs(60);
+    let patient = S3Settings { connect: minute, answer: minute, min_rate: 1000, stall: minute };
+    let store = S3Store::connect(&s3.s3_url("p"), &patient, s3.credentials()).await;
+    let retry = RetrySettings { total: minute, ..settings().retry };
+    Arc::new(Retrying::new(store.expect("nothing is asked"), retry))
+}
+
 /// Requests that the operation makes when nothing is wrong.
 async fn requests_of(operation: Operation, row: &Row) -> usize {
     let s3 = TestS3::with(row.server);
-    let store = connect(&s3).await;
+    let store = connect_patiently(&s3).await;
     operation.prepare(&*store, &s3).await;
     let before = s3.requests().len();
     let done = operation.run(&store, &s3).await;
