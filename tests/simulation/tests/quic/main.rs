@@ -23,8 +23,8 @@ use crate::site::{RECEIVER, Site};
 const SESSIONS: u64 = 500;
 /// Of every round so many at least are broken into, of a hundred: more than that nothing is proven.
 const BROKEN: u64 = 25;
-/// A mistake must be found within so many sessions: each scenario is in ten of them.
-const PATIENCE: u64 = 60;
+/// A mistake must be found within so many sessions. Some show in one of ten only; most are found in twelve.
+const PATIENCE: u64 = 300;
 
 /// What came of a session's rounds.
 #[derive(Clone, Copy, Default, Debug)]
