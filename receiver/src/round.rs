@@ -12,12 +12,12 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use backhaul_protocol::digest::{DeltaDigest, ObjectDigest};
+use backhaul_protocol::digest::DeltaDigest;
 use backhaul_protocol::geometry::PageIndex;
 use backhaul_protocol::ids::{CaptureNumber, VolumeSlot};
 use backhaul_protocol::session::sink::{Sealed, Sink, Taken};
 use backhaul_protocol::store::key::ObjectId;
-use backhaul_protocol::store::log::{Record, UnixMillis};
+use backhaul_protocol::store::log::UnixMillis;
 use backhaul_protocol::store::segment::{DraftBinding, SegmentBuilder};
 use backhaul_protocol::wire::message::{
     Commit, Committed, DraftPages, Open, Opened, OpenedVolume, Reason, Refusal, VolumesChanged,
@@ -27,7 +27,7 @@ use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::situation::{Situation, reached};
 use tokio::sync::{Semaphore, watch};
 
-use crate::catalog::{Appended, GroupLog};
+use crate::catalog::GroupLog;
 use crate::fold::{self, FoldTarget, Layers};
 use crate::ingest::{Ingest, Progress};
 use crate::layers::layer_page;
@@ -40,6 +40,7 @@ use examining::check_folded;
 pub use group_state::GroupState;
 use group_state::KnownHead;
 pub use recording::after_commit;
+use recording::append;
 
 /// Runs of draft pages in an `Opened`, of all volumes: keeps it inside one frame.
 const MAX_DRAFT_RUNS: usize = 1500;
@@ -226,6 +227,21 @@ impl Round {
         }
     }
 
+    /// Waits for the last records of a commit, and goes on taking what is stored into the draft.
+    async fn all_records(&self, state: &mut GroupState, records: u64) -> Result<(), Refusal> {
+        let mut waiting = std::pin::pin!(wait_for(self.ingest.progress(), records, LATE));
+        let mut absorb = tokio::time::interval(ABSORB_INTERVAL);
+        absorb.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                arrived = &mut waiting => return arrived,
+                // Indexes of stored segments are in nobody's way then, whatever is still on its way.
+                _ = absorb.tick() => self.absorb(state).await.map_err(|e| e.refusal())?,
+            }
+        }
+    }
+
     /// Makes the draft a point. `now` is the receiver's clock.
     pub async fn commit(
         &mut self,
@@ -242,19 +258,7 @@ impl Round {
         }
         let commit_id = commit.commit;
         sink.commit(commit)?;
-        {
-            let mut waiting = std::pin::pin!(wait_for(self.ingest.progress(), records, LATE));
-            let mut absorb = tokio::time::interval(ABSORB_INTERVAL);
-            absorb.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-            loop {
-                tokio::select! {
-                    biased;
-                    arrived = &mut waiting => break arrived?,
-                    // Indexes of stored segments are in nobody's way then, whatever is still on its way.
-                    _ = absorb.tick() => self.absorb(state).await.map_err(|e| e.refusal())?,
-                }
-            }
-        }
+        self.all_records(state, records).await?;
         let read = |e: ReadError| e.refusal();
         // Maps of a commit that fails must never be taken for the draft's: they are bound to the commit itself.
         let mut target = self.fold_target(state);
@@ -300,37 +304,7 @@ impl Round {
         let stored = known.draft.stored + inline.as_ref().map_or(0, |i| i.records.len() as u64);
         let record =
             self.record(&log, known, peer, &taken, &approved, checked, &layers, inline, stored, now(), next_slot);
-        let (outcome, hash, len) = if planted(Mutant::CommittedBeforeRecord) {
-            let (later, bytes) = (log.clone(), record.to_bytes());
-            let hash = Record::hash(&bytes);
-            let late = record.clone();
-            tokio::spawn(async move { later.append(&late).await });
-            (Appended::Ours, hash, bytes.len())
-        } else {
-            log.append(&record).await.map_err(read)?
-        };
-        let (record, outcome, hash, len) = match outcome {
-            Appended::Theirs(theirs) if planted(Mutant::NoBaseCheck) => {
-                blindly(&log, record, &theirs).await.map_err(read)?
-            }
-            outcome => (record, outcome, hash, len),
-        };
-        match outcome {
-            Appended::Ours => {}
-            Appended::Theirs(_) if planted(Mutant::TheirsTakenForOurs) => {}
-            Appended::Theirs(theirs) => {
-                reached(Situation::AppendLost);
-                state.forget();
-                let text =
-                    format!("record {} was written by somebody else (commit {}) meanwhile", record.seq, theirs.commit);
-                return Err(Refusal { reason: Reason::Conflict, text });
-            }
-            Appended::BelowFloor => {
-                reached(Situation::BelowFloor);
-                state.forget();
-                return Err(Refusal { reason: Reason::Conflict, text: "this receiver slept too long".into() });
-            }
-        }
+        let (record, hash, len) = append(&log, state, record).await?;
         step("commit.appended").map_err(read)?;
         sink.appended();
         let inline_len = record.point().and_then(|p| p.inline.as_ref()).map_or(0, |i| i.records.len());
@@ -374,18 +348,6 @@ fn believed(open: &Open, known: &KnownHead) -> Open {
         open.high_water = Default::default();
     }
     open
-}
-
-/// Puts a record behind one that it does not know.
-async fn blindly(
-    log: &GroupLog,
-    record: Record,
-    theirs: &Record,
-) -> Result<(Record, Appended, ObjectDigest, usize), ReadError> {
-    let previous = Record::hash(&theirs.to_bytes());
-    let record = Record { seq: theirs.seq.next(), previous, time: record.time.max(theirs.time), ..record };
-    let (outcome, hash, len) = log.append(&record).await?;
-    Ok((record, outcome, hash, len))
 }
 
 fn believed_sealed(sealed: &Sealed, (delta_digest, delta_blocks): (DeltaDigest, u64)) -> Sealed {

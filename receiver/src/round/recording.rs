@@ -11,13 +11,15 @@ use backhaul_protocol::ids::{CaptureNumber, LogSeq, VolumeSlot};
 use backhaul_protocol::session::sink::{Approved, GroupHead, Taken};
 use backhaul_protocol::store::log::{Body, PointBody, PointVolume, Record, UnixMillis};
 use backhaul_protocol::store::segment::DraftBinding;
+use backhaul_protocol::wire::message::{Reason, Refusal};
+use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::random;
+use backhaul_seams::situation::{Situation, reached};
 
 use super::Round;
 use super::group_state::{GroupState, KnownHead};
-use backhaul_seams::mutant::{Mutant, planted};
 
-use crate::catalog::GroupLog;
+use crate::catalog::{Appended, GroupLog};
 use crate::draft::{Draft, end_of_captures};
 use crate::fold::{self, Layers};
 use crate::limits::Limits;
@@ -129,6 +131,56 @@ impl Round {
         });
         Ok(())
     }
+}
+
+/// Appends the record of a point, or says who was first.
+pub(super) async fn append(
+    log: &GroupLog,
+    state: &mut GroupState,
+    record: Record,
+) -> Result<(Record, ObjectDigest, usize), Refusal> {
+    let read = |e: ReadError| e.refusal();
+    let (outcome, hash, len) = if planted(Mutant::CommittedBeforeRecord) {
+        let (later, bytes) = (log.clone(), record.to_bytes());
+        let hash = Record::hash(&bytes);
+        let late = record.clone();
+        tokio::spawn(async move { later.append(&late).await });
+        (Appended::Ours, hash, bytes.len())
+    } else {
+        log.append(&record).await.map_err(read)?
+    };
+    let (record, outcome, hash, len) = match outcome {
+        Appended::Theirs(theirs) if planted(Mutant::NoBaseCheck) => {
+            blindly(log, record, &theirs).await.map_err(read)?
+        }
+        outcome => (record, outcome, hash, len),
+    };
+    let text = match outcome {
+        Appended::Ours => return Ok((record, hash, len)),
+        Appended::Theirs(_) if planted(Mutant::TheirsTakenForOurs) => return Ok((record, hash, len)),
+        Appended::Theirs(theirs) => {
+            reached(Situation::AppendLost);
+            format!("record {} was written by somebody else (commit {}) meanwhile", record.seq, theirs.commit)
+        }
+        Appended::BelowFloor => {
+            reached(Situation::BelowFloor);
+            "this receiver slept too long".into()
+        }
+    };
+    state.forget();
+    Err(Refusal { reason: Reason::Conflict, text })
+}
+
+/// Puts a record behind one that it does not know.
+async fn blindly(
+    log: &GroupLog,
+    record: Record,
+    theirs: &Record,
+) -> Result<(Record, Appended, ObjectDigest, usize), ReadError> {
+    let previous = Record::hash(&theirs.to_bytes());
+    let record = Record { seq: theirs.seq.next(), previous, time: record.time.max(theirs.time), ..record };
+    let (outcome, hash, len) = log.append(&record).await?;
+    Ok((record, outcome, hash, len))
 }
 
 /// Work after a commit that nobody waits for: the hint, and a checkpoint where one is due.
