@@ -4,6 +4,7 @@
 //! [`story`]: the life of a server from `init` to `revoke`, told by commands that are typed again when they fail, with a
 //! receiver that is started again when it dies. Whatever happened on the way, the story must end well.
 
+mod beside;
 mod steps;
 mod story;
 

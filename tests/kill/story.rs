@@ -5,15 +5,14 @@ use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use backhaul_tests::fixture::{GROUP, Serving, number};
+use backhaul_tests::fixture::{GROUP, number};
 use backhaul_tests::{Agent, Fixture, Ran, Random, image};
-use rustix::process::Signal;
 
+use crate::beside::{Onlooker, Supervised};
 use crate::steps::Step;
 
 const MIB: u64 = 1 << 20;
@@ -344,99 +343,4 @@ fn not_half_restored(to: &Path, before: Option<&[u8]>, wanted: &[u8]) {
     let same = |other: &[u8]| found == other;
     let marked = found.iter().take(4096).all(|b| *b == 0);
     assert!(marked || same(wanted) || before.is_some_and(same), "a half restored {} looks whole", to.display());
-}
-
-/// Somebody who lists and verifies all the time, and never sees anything wrong.
-struct Onlooker {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<()>,
-}
-
-impl Onlooker {
-    fn start(f: &Fixture) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let ended = stop.clone();
-        let store = f.store_url().to_owned();
-        let state = f.receiver_state().to_owned();
-        let thread = std::thread::spawn(move || {
-            while !ended.load(Ordering::Relaxed) {
-                for what in ["points", "verify", "agents"] {
-                    let mut command = Command::new(backhaul_tests::process::program("backhaul-receiver"));
-                    command.args([what, "--json", "--store", &store, "--state"]).arg(&state);
-                    let ran = backhaul_tests::process::run(command, None);
-                    assert_eq!(ran.code, Some(0), "somebody who looks on sees something wrong: {ran:#?}");
-                }
-            }
-        });
-        Self { stop, thread }
-    }
-
-    fn end(self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Err(panic) = self.thread.join() {
-            std::panic::resume_unwind(panic);
-        }
-    }
-}
-
-/// The receiver that is there now.
-#[derive(Clone)]
-struct Current(Arc<Mutex<Option<Serving>>>);
-
-impl Current {
-    /// kill -9; says whether there was one.
-    fn kill(&self) -> bool {
-        let serving = self.0.lock().expect("not poisoned");
-        serving.as_ref().map(|s| s.child.signal(Signal::KILL)).is_some()
-    }
-}
-
-/// A receiver that is started again when it dies.
-struct Supervised {
-    stop: Arc<AtomicBool>,
-    current: Current,
-    thread: JoinHandle<()>,
-}
-
-impl Supervised {
-    fn start((command, err): (Box<dyn Fn() -> Command + Send>, PathBuf)) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let current = Current(Arc::default());
-        let (ended, shown) = (stop.clone(), current.clone());
-        let (ready, is_ready) = std::sync::mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            while !ended.load(Ordering::Relaxed) {
-                let serving = Serving::start(command(), &err);
-                *shown.0.lock().expect("not poisoned") = Some(serving);
-                let _ = ready.send(());
-                loop {
-                    std::thread::sleep(Duration::from_millis(10));
-                    let mut serving = shown.0.lock().expect("not poisoned");
-                    let child = &mut serving.as_mut().expect("only taken when it has ended").child;
-                    if !child.is_running() {
-                        let err = child.err();
-                        assert!(!err.contains("panicked"), "{err}");
-                        *serving = None;
-                        break;
-                    }
-                    if ended.load(Ordering::Relaxed) {
-                        break;
-                    }
-                }
-            }
-        });
-        is_ready.recv().expect("it starts");
-        Self { stop, current, thread }
-    }
-
-    /// It must end well when it is asked to.
-    fn stop(self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Err(panic) = self.thread.join() {
-            std::panic::resume_unwind(panic);
-        }
-        if let Some(serving) = self.current.0.lock().expect("not poisoned").take() {
-            serving.stop();
-        }
-    }
 }
