@@ -297,7 +297,8 @@ impl Round<'_> {
         let mut consistency = Consistency::Crash;
         let mut caveats = Vec::new();
         let (sources, watches): (Vec<_>, Vec<_>) = watched.into_iter().unzip();
-        for (v, watch) in self.volumes.iter().zip(watches) {
+        for ((v, watch), source) in self.volumes.iter().zip(watches).zip(&sources) {
+            let watch = if planted(Mutant::WatchedOneByOne) { source.watch() } else { watch };
             caveats.extend(watch.caveats().iter().map(|c| format!("{}: {c}", v.name)));
             if let Stability::Moved(why) = watch.finish() {
                 if !planted(Mutant::FuzzyCalledCrash) {

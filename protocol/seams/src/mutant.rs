@@ -75,6 +75,10 @@ mutants! {
         SegmentFailureIgnored,
         /// Adopting does not begin a new generation, and the nonce stays.
         AdoptKeepsNonce,
+        /// The watch over a volume begins when that over the volume before has ended.
+        WatchedOneByOne,
+        /// A task that nobody waits for panics.
+        PanicsUnheard,
     }
     sessions {
         /// A connection to a peer that is gone never ends.

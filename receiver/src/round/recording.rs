@@ -185,6 +185,7 @@ async fn blindly(
 
 /// Work after a commit that nobody waits for: the hint, and a checkpoint where one is due.
 pub async fn after_commit(log: &GroupLog, seq: LogSeq, hint: bool, limits: Limits) {
+    assert!(!planted(Mutant::PanicsUnheard), "planted");
     if hint && let Err(error) = log.write_hint(seq).await {
         tracing::warn!(%error, "could not write the head hint; readers probe a little longer");
     }
