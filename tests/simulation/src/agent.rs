@@ -20,6 +20,7 @@ use backhaul_transport::link::Link;
 use backhaul_transport::tls::AgentIdentity;
 use tokio::task::JoinHandle;
 
+use crate::census;
 use crate::disk::{Disk, Disks};
 use crate::gate::{Gate, Process};
 use crate::ledger::{Ledger, Offer, Shown};
@@ -141,8 +142,9 @@ impl Node {
         let kept = self.session.clone();
         let (state, disks, volumes) = (StateDir::new(&self.state), self.disks.clone(), self.volumes.clone());
         let (machine, joined) = (self.machine, self.joined());
-        let (ledger, group) = (self.ledger.clone(), self.identity.group);
-        let task = tokio::spawn(async move {
+        let (ledger, node) = (self.ledger.clone(), self.number);
+        let began = ledger.standing(node);
+        let attempt = async move {
             let own = kept.lock().unwrap_or_else(PoisonError::into_inner).take();
             let mut session = match (own, link) {
                 (_, Some(link)) => connected(link).await?,
@@ -166,7 +168,7 @@ impl Node {
                 && let Some(committed) = report.committed
             {
                 ledger.trace(format_args!("acknowledged {} {}", committed.seq, committed.commit));
-                ledger.acked(group, committed.seq, committed.commit);
+                ledger.acked(node, began, committed.seq, committed.commit);
             }
             if keep && report.is_ok() {
                 *kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(session);
@@ -174,8 +176,13 @@ impl Node {
                 session.close().await;
             }
             report
-        });
-        self.running = Some(task);
+        };
+        let ledger = self.ledger.clone();
+        self.running = Some(tokio::spawn(async move {
+            let outcome = attempt.await;
+            census::note(&ledger, node, began, &outcome);
+            outcome
+        }));
     }
 
     /// The outcome of an attempt that has ended.
@@ -192,11 +199,8 @@ impl Node {
         self.running = None;
         match outcome {
             Ok(outcome) => Some(outcome),
-            Err(e) if e.is_cancelled() => None,
-            Err(e) => {
-                self.ledger.violation("I19", format_args!("the agent panicked: {e}"));
-                None
-            }
+            // Killed, or a panic, which is heard elsewhere.
+            Err(_) => None,
         }
     }
 

@@ -9,7 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use backhaul_protocol::store::key::ObjectKey;
+use backhaul_protocol::ids::{GroupId, LogSeq};
+use backhaul_protocol::store::checkpoint::read_seq;
+use backhaul_protocol::store::envelope::Kind as ObjectKind;
+use backhaul_protocol::store::key::{GroupKeys, ObjectKey};
+use backhaul_protocol::store::log::Record;
 use backhaul_receiver::store::mem::MemStore;
 use backhaul_receiver::store::{Kind, ObjectStore, StoreError, Verb};
 use bytes::{Bytes, BytesMut};
@@ -40,8 +44,8 @@ pub struct Weather {
 pub struct Bucket {
     objects: MemStore,
     ledger: Arc<Ledger>,
-    /// Of every log record that was ever there, its bytes; a revived or changed one is a violation of I4.
-    /// `None` once it was deleted: what lies there then does not exist.
+    /// Of every log record that was ever there, its bytes; a changed one is a violation of I4. `None` once it was
+    /// deleted: it may come back only below the floor, where it does not exist.
     records: Mutex<BTreeMap<ObjectKey, Option<Bytes>>>,
 }
 
@@ -64,8 +68,8 @@ impl Bucket {
         for (key, body) in to.objects() {
             self.objects.tamper(&key, Some(body));
         }
-        let there = self.objects.objects();
-        lock(&self.records).retain(|key, _| there.contains_key(key));
+        let records = self.objects.objects().into_iter().filter(|(key, _)| is_record(key));
+        *lock(&self.records) = records.map(|(key, body)| (key, Some(body))).collect();
     }
 
     /// Takes an object away for good, as retention does.
@@ -80,18 +84,40 @@ impl Bucket {
         if !is_record(key) {
             return;
         }
-        let now = self.objects.objects().get(key).cloned();
-        let mut records = lock(&self.records);
-        match records.get(key) {
-            Some(Some(before)) if Some(before) != now.as_ref() => {
-                self.ledger.violation("I4", format_args!("log record {key} was replaced"));
+        let Some(now) = self.objects.objects().get(key).cloned() else { return };
+        match lock(&self.records).insert(key.clone(), Some(now.clone())) {
+            Some(Some(before)) if before == now => return,
+            Some(Some(_)) => self.ledger.violation("I4", format_args!("log record {key} was replaced")),
+            Some(None) => {
+                self.ledger.count("record revived");
+                if !self.is_below_floor(key) {
+                    self.ledger.violation("I4", format_args!("log record {key} was deleted, and is there again"));
+                }
             }
-            Some(_) => {}
-            None => {
-                records.insert(key.clone(), now);
+            None => {}
+        }
+        if self.is_below_floor(key) {
+            self.ledger.count("record below the floor");
+            let (group, seq) = place(key);
+            if let Ok(record) = Record::parse(group, seq, &now) {
+                self.ledger.below_floor(record.commit);
             }
         }
     }
+
+    fn is_below_floor(&self, key: &ObjectKey) -> bool {
+        let (group, seq) = place(key);
+        let floor = self.objects.objects().get(&GroupKeys(group).floor()).cloned();
+        floor.is_some_and(|bytes| read_seq(ObjectKind::Floor, &bytes).is_ok_and(|floor| seq < floor))
+    }
+}
+
+/// Group and number of a log record's key.
+fn place(key: &ObjectKey) -> (GroupId, LogSeq) {
+    let parts: Vec<&str> = key.as_str().split('/').collect();
+    let [_, group, _, number] = parts[..] else { panic!("{key} is no log record's") };
+    let number = number.parse().expect("a number");
+    (group.parse().expect("a group's id"), LogSeq(number))
 }
 
 fn is_record(key: &ObjectKey) -> bool {
@@ -197,7 +223,13 @@ impl Door {
             return Err(StoreError::new(kind, verb, key, "simulated"));
         }
         let done = call.await;
-        let done = if luck.0 == Luck::Flipped { done.map(flip) } else { done };
+        let done = match luck.0 {
+            Luck::Flipped => {
+                self.bucket.ledger.harmed();
+                done.map(flip)
+            }
+            _ => done,
+        };
         self.leave(luck, verb, key, done).await
     }
 

@@ -10,10 +10,10 @@ use backhaul_protocol::wire::message::{CloseCode, Reason};
 use backhaul_transport::error::TransportError;
 
 use crate::agent::Outcome;
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, Standing};
 
-/// Counts how an attempt ended.
-pub fn note(ledger: &Ledger, node: usize, outcome: &Outcome) {
+/// Counts how an attempt ended, and judges it; `began` is how the agent stood when it began.
+pub fn note(ledger: &Ledger, node: usize, began: Standing, outcome: &Outcome) {
     match outcome {
         Ok(report) => {
             ledger.trace(format_args!("node {node}: {:?} {}", report.committed.map(|c| c.seq), report.consistency));
@@ -25,8 +25,24 @@ pub fn note(ledger: &Ledger, node: usize, outcome: &Outcome) {
         }
         Err(error) => {
             ledger.trace(format_args!("node {node}: {error}"));
-            ledger.count(kind(error));
+            let kind = kind(error);
+            ledger.count(kind);
+            if let Some(invariant) = broken(kind, ledger, ledger.standing(node), began) {
+                ledger.violation(invariant, format_args!("node {node}, {kind}: {error}"));
+            }
         }
+    }
+}
+
+/// Which invariant does not hold where an honest agent's attempt ends like this.
+fn broken(kind: &str, ledger: &Ledger, now: Standing, began: Standing) -> Option<&'static str> {
+    let may_diverge = began.is_suspect || now.is_suspect || now.times != began.times;
+    match kind {
+        "refused: diverged" if !may_diverge => Some("I14"),
+        "refused: damaged" if !ledger.is_harmed() => Some("I8"),
+        "refused: digest" | "refused: volume" | "refused: protocol" | "refused: other" => Some("I14"),
+        "receiver broke the protocol" | "failed on this machine" => Some("I14"),
+        _ => None,
     }
 }
 
@@ -43,6 +59,7 @@ fn kind(error: &RoundError) -> &'static str {
             Reason::Digest => "refused: digest",
             Reason::Volume => "refused: volume",
             Reason::Protocol => "refused: protocol",
+            Reason::NoSpace => "refused: no space",
             _ => "refused: other",
         },
         SessionError::Source(SourceError::Timeout(_)) => "answer too late",

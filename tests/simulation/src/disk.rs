@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use backhaul_agent::capture::{Capture, Provider, Watching};
@@ -74,8 +75,22 @@ pub struct Snapshot {
     pub seen: Vec<BTreeSet<Content>>,
     /// Size.
     pub geometry: Geometry,
-    /// Whether anything was written meanwhile.
-    pub moved: bool,
+    /// From when to when it was watched; nothing was written meanwhile if the watch says so.
+    pub watched: Watched,
+}
+
+/// The beginning and the end of a watch, in the order of everything that happens to volumes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Watched {
+    /// When it began.
+    pub from: u64,
+    /// When it ended; `None` while it goes on.
+    pub until: Option<u64>,
+}
+
+fn tick() -> u64 {
+    static TICKS: AtomicU64 = AtomicU64::new(0);
+    TICKS.fetch_add(1, Ordering::Relaxed)
 }
 
 impl Disk {
@@ -171,13 +186,14 @@ pub struct Begun {
     blocks: Vec<Content>,
     geometry: Geometry,
     position: usize,
+    watched: Watched,
 }
 
 impl Begun {
     fn new(disk: &Disk) -> Self {
         let inner = disk.lock();
         let (blocks, geometry, position) = (inner.blocks.clone(), inner.geometry, inner.log.len());
-        Self { disk: disk.clone(), blocks, geometry, position }
+        Self { disk: disk.clone(), blocks, geometry, position, watched: Watched { from: tick(), until: None } }
     }
     /// What was there to be seen until now.
     pub fn snapshot(&self) -> Snapshot {
@@ -188,8 +204,7 @@ impl Begun {
                 seen.insert(*content);
             }
         }
-        let moved = inner.log.len() != self.position;
-        Snapshot { blocks: self.blocks.clone(), seen, geometry: self.geometry, moved }
+        Snapshot { blocks: self.blocks.clone(), seen, geometry: self.geometry, watched: self.watched }
     }
 }
 
@@ -263,14 +278,18 @@ impl Volume for OpenDisk {
 struct Watch {
     disk: Disk,
     position: usize,
+    id: VolumeId,
+    begun: Arc<Mutex<Vec<(VolumeId, Begun)>>>,
 }
 
 impl Capture for OpenDisk {
     fn watch(&self) -> Box<dyn Watching> {
         let begun = Begun::new(&self.disk);
         let position = begun.position;
-        lock(&self.begun).push((self.id, begun));
-        Box::new(Watch { disk: self.disk.clone(), position })
+        let mut all = lock(&self.begun);
+        all.retain(|(id, _)| *id != self.id);
+        all.push((self.id, begun));
+        Box::new(Watch { disk: self.disk.clone(), position, id: self.id, begun: self.begun.clone() })
     }
     fn recheck(&self) -> Result<(), VolumeError> {
         Ok(())
@@ -285,6 +304,9 @@ impl Watching for Watch {
         &[]
     }
     fn finish(self: Box<Self>) -> Stability {
+        if let Some((_, begun)) = lock(&self.begun).iter_mut().find(|(id, _)| *id == self.id) {
+            begun.watched.until = Some(tick());
+        }
         if self.disk.lock().log.len() == self.position {
             Stability::Still
         } else {

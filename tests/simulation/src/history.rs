@@ -36,7 +36,7 @@ use crate::ledger::Ledger;
 use crate::plan::{Op, Plan};
 use crate::receiver::Receiver;
 use crate::wire::{End, Network, connect};
-use crate::{census, harm, oracle};
+use crate::{harm, oracle, panics};
 
 /// Bytes of a block.
 pub const BLOCK: u32 = backhaul_protocol::limits::MIN_BLOCK_SIZE;
@@ -73,7 +73,8 @@ pub enum Trace {
 pub fn run(plan: &Plan, mutant: Option<Mutant>, trace: Trace) -> Report {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.expect("a runtime can be made");
-    let report = runtime.block_on(async {
+    panics::hear();
+    let mut report = runtime.block_on(async {
         let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
         let _world = world::enter(plan.seed, start, mutant);
         let ledger = Arc::new(Ledger::new(trace == Trace::Keep));
@@ -93,6 +94,7 @@ pub fn run(plan: &Plan, mutant: Option<Mutant>, trace: Trace) -> Report {
         Report { violations, situations, digest: ledger.digest(), lines: ledger.lines() }
     });
     runtime.shutdown_background();
+    report.violations.extend(panics::heard().into_iter().map(|panic| format!("I19: {panic}")));
     report
 }
 
@@ -108,8 +110,6 @@ pub struct Group {
     pub id: GroupId,
     /// Its name.
     pub name: Name,
-    /// Whether an agent of it may rightly be called diverged: state was copied or put back, or the operator chose.
-    pub suspect: bool,
 }
 
 /// Everything in a history.
@@ -180,7 +180,8 @@ impl World {
         };
         let at = GroupKeys(log.group()).agent(identity.agent);
         catalog.store.put_new(&at, Bytes::from(joined.to_bytes())).await.expect("nothing fails yet");
-        self.groups.push(Group { id: log.group(), name, suspect: false });
+        self.groups.push(Group { id: log.group(), name });
+        self.ledger.add_agent(log.group());
         self.nodes.push(node);
     }
 
@@ -228,9 +229,7 @@ impl World {
     async fn step(&mut self, op: &Op) {
         self.ledger.trace(format_args!("{op:?}"));
         for node in &mut self.nodes {
-            if let Some(outcome) = node.outcome().await {
-                census::note(&self.ledger, node.number, &outcome);
-            }
+            node.outcome().await;
         }
         let (nodes, receivers) = (self.nodes.len(), self.receivers.len());
         match op.clone() {
@@ -247,11 +246,7 @@ impl World {
             }
             Op::Sync { node, receiver, when, keep } => self.sync(node % nodes, receiver % receivers, when.into(), keep),
             Op::Join { node, at_most } => {
-                let node = &mut self.nodes[node % nodes];
-                let waited = tokio::time::timeout(Duration::from_millis(at_most), node.wait()).await;
-                if let Ok(Some(outcome)) = waited {
-                    census::note(&self.ledger, node.number, &outcome);
-                }
+                let _ = tokio::time::timeout(Duration::from_millis(at_most), self.nodes[node % nodes].wait()).await;
             }
             Op::KillAgent { node } => {
                 let node = &mut self.nodes[node % nodes];
@@ -342,10 +337,6 @@ impl World {
 
     /// The agent is restored from an old image.
     fn put_back(&mut self, node: usize, machine: bool) {
-        if !self.kept.contains_key(&node) {
-            return;
-        }
-        let group = self.group_of(node);
         let Some(kept) = self.kept.get(&node) else { return };
         let own = &mut self.nodes[node];
         own.kill();
@@ -359,7 +350,7 @@ impl World {
             }
             own.disks = disks;
         }
-        self.groups[group].suspect = true;
+        self.ledger.suspect(node);
         self.ledger.count(if machine { "machine put back" } else { "state put back" });
     }
 
@@ -379,13 +370,15 @@ impl World {
         if self.nodes.len() >= MAX_NODES {
             return;
         }
-        let (number, state, group) = (self.nodes.len(), self.folder(), self.group_of(node));
+        let (number, state) = (self.nodes.len(), self.folder());
         let mut copy = self.nodes[node].copy(number, state);
         if other_machine {
             copy.machine.0[0] ^= 0x80 | number as u8;
         }
+        let group = copy.identity.group;
         self.nodes.push(copy);
-        self.groups[group].suspect = true;
+        self.ledger.add_agent(group);
+        self.ledger.suspect_all(group);
         self.ledger.count("agent cloned");
     }
 
@@ -398,9 +391,9 @@ impl World {
             let catalog = Catalog::open(store).await?;
             access::adopt(&catalog, &name, agent, clock::now()).await
         };
-        self.groups[group].suspect = true;
         match tokio::time::timeout(OPERATOR, command).await {
             Ok(Ok(_)) => {
+                self.ledger.adopted(self.groups[group].id);
                 self.ledger.count("adopted");
                 true
             }
@@ -513,10 +506,10 @@ impl World {
         self.bucket.roll_back(kept, orphans);
         self.ledger.void_offers();
         let there = kept.objects();
-        for group in &mut self.groups {
+        for group in &self.groups {
             let keys = GroupKeys(group.id);
             self.ledger.forget_acked(group.id, |seq| there.contains_key(&keys.log(seq)));
-            group.suspect = true;
+            self.ledger.suspect_all(group.id);
         }
         self.ledger.count("bucket put back");
     }
@@ -536,8 +529,7 @@ impl World {
         }
         for at in 0..self.nodes.len() {
             match tokio::time::timeout(HANG, self.nodes[at].wait()).await {
-                Ok(Some(outcome)) => census::note(&self.ledger, at, &outcome),
-                Ok(None) => {}
+                Ok(_) => {}
                 Err(_) => self.ledger.violation("I14", format_args!("an attempt of node {at} hangs")),
             }
             self.nodes[at].kill();
@@ -572,15 +564,8 @@ impl World {
             }
             tries += 1;
             match outcome {
-                Some(Ok(report)) => {
-                    census::note(&self.ledger, node, &Ok(report));
-                    return oracle::newest_is_what_there_is(self, node).await;
-                }
+                Some(Ok(_)) => return oracle::newest_is_what_there_is(self, node).await,
                 Some(Err(error)) if error.is_divergence() && !adopted => {
-                    let group = self.group_of(node);
-                    if !self.groups[group].suspect {
-                        self.ledger.violation("I14", format_args!("an honest agent is called diverged: {error}"));
-                    }
                     adopted = self.adopt(node).await;
                     tries = 0;
                 }

@@ -25,9 +25,7 @@ use crate::history::World;
 pub async fn attack(world: &mut World, node: usize, receiver: usize, seed: u64) {
     let chance = Chance::new(seed);
     let Ok(link) = world.dial(node, receiver) else { return };
-    let group = world.group_of(node);
-    // It may take the session over, use the nonce up, and leave a draft; no more than that.
-    world.groups[group].suspect = true;
+    // It may take the session over and leave a draft; no more than that.
     world.ledger.count("hostile agent");
     let writer = backhaul_agent::state::StateDir::new(&world.nodes[node].state).writer().unwrap_or_default();
     let open = Open {

@@ -51,6 +51,22 @@ struct Inner {
     counts: BTreeMap<&'static str, u64>,
     hasher: blake3::Hasher,
     lines: Option<Vec<String>>,
+    /// By the number of the agent.
+    standing: Vec<Standing>,
+    /// Commits whose records were written under numbers that had been deleted.
+    below_floor: BTreeSet<CommitId>,
+    /// Whether anything was given out or left in the store that is not what was written.
+    harmed: bool,
+}
+
+/// Whether an agent may rightly be called diverged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Standing {
+    group: GroupId,
+    /// Somebody else may be the writer of the group: state was copied or put back, or the operator chose.
+    pub is_suspect: bool,
+    /// How often it became so.
+    pub times: u64,
 }
 
 impl Ledger {
@@ -64,6 +80,9 @@ impl Ledger {
             counts: BTreeMap::new(),
             hasher: blake3::Hasher::new(),
             lines: keep.then(Vec::new),
+            standing: Vec::new(),
+            below_floor: BTreeSet::new(),
+            harmed: false,
         };
         Self(Mutex::new(inner), Instant::now())
     }
@@ -96,15 +115,65 @@ impl Ledger {
     pub fn offered(&self, commit: CommitId) -> Option<Offer> {
         self.lock().offers.get(&commit).cloned()
     }
-    /// An agent was told that its point exists.
-    pub fn acked(&self, group: GroupId, seq: LogSeq, commit: CommitId) {
-        if self.lock().void.contains(&commit) {
+    /// The next agent, by its number, is one of this group.
+    pub fn add_agent(&self, group: GroupId) {
+        self.lock().standing.push(Standing { group, is_suspect: false, times: 0 });
+    }
+    /// Whether an agent may be called diverged.
+    pub fn standing(&self, node: usize) -> Standing {
+        self.lock().standing[node]
+    }
+    /// From now on this agent may be called diverged.
+    pub fn suspect(&self, node: usize) {
+        self.lock().suspect(|number, _| number == node);
+    }
+    /// From now on all agents of the group may be.
+    pub fn suspect_all(&self, group: GroupId) {
+        self.lock().suspect(|_, standing| standing.group == group);
+    }
+    /// The operator made this group's agent the writer: where there are several copies of it, any of them.
+    pub fn adopted(&self, group: GroupId) {
+        let mut inner = self.lock();
+        let own: Vec<usize> = (0..inner.standing.len()).filter(|n| inner.standing[*n].group == group).collect();
+        match own[..] {
+            [only] => inner.standing[only].is_suspect = false,
+            _ => inner.suspect(|_, standing| standing.group == group),
+        }
+    }
+    /// An agent was told that its point exists; what it was when it began the attempt.
+    pub fn acked(&self, node: usize, began: Standing, seq: LogSeq, commit: CommitId) {
+        let mut inner = self.lock();
+        if inner.void.contains(&commit) {
             return;
         }
-        let before = self.lock().acked.insert((group, seq), commit);
+        let group = began.group;
+        let newest = inner.acked.range((group, LogSeq(0))..=(group, LogSeq(u64::MAX))).next_back();
+        // Nobody else may commit behind this one, unless something happened since.
+        if newest.is_none_or(|((_, newest), _)| *newest <= seq) && inner.standing[node].times == began.times {
+            inner.standing[node].is_suspect = false;
+            inner.suspect(|number, standing| number != node && standing.group == group);
+        }
+        let before = inner.acked.insert((group, seq), commit);
+        let is_below = inner.below_floor.contains(&commit);
+        drop(inner);
         if let Some(before) = before.filter(|b| *b != commit) {
             self.violation("I4", format_args!("point {seq} was acknowledged as {before} and as {commit}"));
         }
+        if is_below {
+            self.violation("I4", format_args!("point {seq} was acknowledged, and lay below the floor from the first"));
+        }
+    }
+    /// A record was written under a number that had been deleted.
+    pub fn below_floor(&self, commit: CommitId) {
+        self.lock().below_floor.insert(commit);
+    }
+    /// Something is not what was written.
+    pub fn harmed(&self) {
+        self.lock().harmed = true;
+    }
+    /// Whether anything ever was.
+    pub fn is_harmed(&self) -> bool {
+        self.lock().harmed
     }
     /// Every acknowledged point of a group.
     pub fn all_acked(&self, group: GroupId) -> BTreeMap<LogSeq, CommitId> {
@@ -139,5 +208,16 @@ impl Ledger {
     /// Groups with offers.
     pub fn groups(&self) -> BTreeSet<GroupId> {
         self.lock().offers.values().map(|o| o.group).collect()
+    }
+}
+
+impl Inner {
+    fn suspect(&mut self, whom: impl Fn(usize, Standing) -> bool) {
+        for (number, standing) in self.standing.iter_mut().enumerate() {
+            if whom(number, *standing) {
+                standing.is_suspect = true;
+                standing.times += 1;
+            }
+        }
     }
 }

@@ -20,6 +20,7 @@ pub mod hostile;
 pub mod ledger;
 pub mod oracle;
 pub mod packets;
+pub mod panics;
 pub mod plan;
 pub mod receiver;
 pub mod search;

@@ -22,7 +22,7 @@ use backhaul_receiver::salvage::OnDamage;
 use backhaul_receiver::store::ObjectStore;
 use backhaul_volume::target::Durability;
 
-use crate::disk::{Content, Snapshot, bytes_of};
+use crate::disk::{Content, Snapshot, Watched, bytes_of};
 use crate::history::World;
 use crate::ledger::Offer;
 
@@ -80,6 +80,7 @@ async fn examine_point(world: &World, store: &Arc<dyn ObjectStore>, log: &GroupL
         ledger.violation("I17", format_args!("{name}: point {seq} was offered by an agent of another group"));
     }
     examine_writer(world, log, name, record, &offer).await;
+    examine_instant(world, name, seq, point, &offer);
     for volume in &point.volumes {
         let Some((_, offered)) = offer.volumes.iter().find(|(id, _)| *id == volume.id) else {
             ledger.violation("I1", format_args!("{name}: volume {} of point {seq} was not offered", volume.name));
@@ -123,6 +124,24 @@ async fn examine_writer(world: &World, log: &GroupLog, name: &Name, record: &Rec
     }
     if before.time > record.time {
         ledger.violation("I15", format_args!("{name}: {seq} is older than {}", before.seq));
+    }
+}
+
+/// I6: there is one instant that all volumes of a point were of, unless it is called fuzzy.
+fn examine_instant(world: &World, name: &Name, seq: LogSeq, point: &PointBody, offer: &Offer) {
+    if point.consistency == Consistency::Fuzzy {
+        return;
+    }
+    let watches = || offer.volumes.iter().map(|(_, snapshot)| snapshot.watched);
+    let from = watches().map(|w| w.from).max();
+    // A watch that goes on when the commit is asked for has seen nothing yet.
+    let until = watches().map(|w| w.until.unwrap_or(0)).min();
+    if from >= until {
+        let text = format_args!("{name}: the volumes of {seq} are of no common instant, and it is {}", point.consistency);
+        world.ledger.violation("I6", text);
+    }
+    if offer.volumes.len() > 1 {
+        world.ledger.count("one instant of several volumes");
     }
 }
 
@@ -202,7 +221,7 @@ pub async fn newest_is_what_there_is(world: &mut World, node: usize) {
         let Some(disk) = world.nodes[node].disks.get(volume.id) else { continue };
         let (blocks, geometry) = (disk.blocks(), disk.geometry());
         let seen = blocks.iter().map(|c| [*c].into()).collect();
-        let now = Snapshot { blocks, seen, geometry, moved: false };
+        let now = Snapshot { blocks, seen, geometry, watched: Watched { from: 0, until: None } };
         match restored(world, store.clone(), &name, seq, &volume.name).await {
             Ok(bytes) => compare(world, &name, &point, seq, &volume.name, &now, &bytes),
             Err(error) => world.ledger.violation("I2", format_args!("{name}: newest {}: {error:#}", volume.name)),
