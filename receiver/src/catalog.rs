@@ -172,7 +172,18 @@ impl GroupLog {
         self.newest_from(hint).await
     }
 
-    pub(crate) async fn newest_from(&self, hint: LogSeq) -> Result<LogSeq, ReadError> {
+    pub(crate) async fn newest_from(&self, mut hint: LogSeq) -> Result<LogSeq, ReadError> {
+        loop {
+            let newest = self.probe(hint).await?;
+            match self.check_no_gap(newest).await {
+                // Pruned while this one looked, or slept: that is no gap, and the log is looked for anew.
+                Err(e) if e.is_damage() && self.readable_floor().await? > newest => hint = newest,
+                checked => return checked.map(|()| newest),
+            }
+        }
+    }
+
+    async fn probe(&self, hint: LogSeq) -> Result<LogSeq, ReadError> {
         let mut low = self.first_to_ask(hint).await?;
         let mut step = 1;
         let mut high = loop {
@@ -187,7 +198,6 @@ impl GroupLog {
             let middle = LogSeq(low.0 + (high.0 - low.0) / 2);
             if self.exists(middle).await? { low = middle } else { high = middle }
         }
-        self.check_no_gap(low).await?;
         Ok(low)
     }
 
@@ -224,9 +234,16 @@ impl GroupLog {
 
     /// The newest record, its hash, and the newest point.
     pub async fn head(&self) -> Result<(GroupHead, ObjectDigest), ReadError> {
-        let seq = self.newest().await?;
         let lost = |seq| ReadError::Log { seq, what: "the record went away" };
-        let (record, hash) = self.read(seq).await?.ok_or(lost(seq))?;
+        let (record, hash) = loop {
+            let seq = self.newest().await?;
+            match self.read(seq).await? {
+                Some(found) => break found,
+                // Pruned since it was found: there are newer ones.
+                None if self.readable_floor().await? > seq => {}
+                None => return Err(lost(seq)),
+            }
+        };
         let mut candidate = record.clone();
         let point = loop {
             let at = candidate.seq;
@@ -267,8 +284,13 @@ impl GroupLog {
         match put {
             Ok(()) => {}
             Err(e) if e.kind() == Kind::Exists => {
-                let lost = ReadError::Log { seq: record.seq, what: "the record went away" };
-                let (theirs, found) = self.read(record.seq).await?.ok_or(lost)?;
+                let Some((theirs, found)) = self.read(record.seq).await? else {
+                    // Somebody else's, and pruned since.
+                    return match self.floor().await? > record.seq {
+                        true => Ok((Appended::BelowFloor, hash, len)),
+                        false => Err(ReadError::Log { seq: record.seq, what: "the record went away" }),
+                    };
+                };
                 if theirs.commit != record.commit {
                     return Ok((Appended::Theirs(Box::new(theirs)), hash, len));
                 }
