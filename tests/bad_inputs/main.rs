@@ -21,7 +21,7 @@ const THREADS: usize = 6;
 fn every_bad_input_has_its_exit_code_and_message() {
     let world = World::new();
     let cases = cases::all();
-    assert!(cases.len() >= 120, "{} cases", cases.len());
+    assert!(cases.len() >= 229, "{} cases", cases.len());
     let (next, rows) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..THREADS {

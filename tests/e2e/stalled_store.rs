@@ -131,6 +131,8 @@ fn fifty_agents_and_a_bucket_at_0_bytes_a_second_stay_in_bounded_memory() {
     std::thread::sleep(STALLED.saturating_sub(stalled.elapsed()));
     let told = running.iter().filter(|child| child.err().contains("waits for its store")).count();
     println!("{told} of {AGENTS} agents say that the receiver waits for its store");
+    // Memory is full before every agent has got to its first upload: those wait for room, and not for the store.
+    assert!(told > 0, "I22: nobody was told that the store does not answer");
     server.heal();
     let right = || {
         let points = f.receiver(&["points"]).ok()["points"].as_array().expect("a list").clone();

@@ -111,6 +111,12 @@ fn one(
         }
         return Ok(Came::Harmless);
     }
+    // What verify names is what must be put back.
+    let number = flip.key.as_str().rsplit_once("/log/").and_then(|(_, number)| number.parse::<u64>().ok());
+    let by_number = |text: &str| number.is_some_and(|number| text.contains(&format!("record {number}:")));
+    if !found.iter().any(|text| text.contains(flip.key.as_str()) || by_number(text)) {
+        return Err(format!("I8: it is not named: {found:?}"));
+    }
     if n.is_multiple_of(RESTORED) {
         for point in POINTS {
             match looker.restore(&twin, point) {

@@ -17,6 +17,7 @@ use backhaul_protocol::store::log::Record;
 use backhaul_receiver::store::mem::MemStore;
 use backhaul_receiver::store::{Kind, ObjectStore, StoreError, Verb};
 use bytes::{Bytes, BytesMut};
+use tokio::time::Instant;
 
 use crate::chance::Chance;
 use crate::gate::Gate;
@@ -37,6 +38,12 @@ pub struct Weather {
     pub silent: f64,
     /// No room for new objects.
     pub full: f64,
+    /// Something on the way sends a write twice, and passes on what it is told the second time.
+    #[serde(default)]
+    pub resent: f64,
+    /// A list does not have what was written within the last minute or less.
+    #[serde(default)]
+    pub stale: f64,
 }
 
 /// Where all objects are.
@@ -47,12 +54,22 @@ pub struct Bucket {
     /// Of every log record that was ever there, its bytes; a changed one is a violation of I4. `None` once it was
     /// deleted: it may come back only below the floor, where it does not exist.
     records: Mutex<BTreeMap<ObjectKey, Option<Bytes>>>,
+    /// Objects that were harmed, as they were.
+    harmed: Mutex<BTreeMap<ObjectKey, Bytes>>,
+    /// When each object was written last.
+    written: Mutex<BTreeMap<ObjectKey, Instant>>,
 }
 
 impl Bucket {
     /// An empty one.
     pub fn new(ledger: Arc<Ledger>) -> Arc<Self> {
-        Arc::new(Self { objects: MemStore::new(), ledger, records: Mutex::default() })
+        Arc::new(Self {
+            objects: MemStore::new(),
+            ledger,
+            records: Mutex::default(),
+            harmed: Mutex::default(),
+            written: Mutex::default(),
+        })
     }
     /// Its objects, without weather.
     pub fn objects(&self) -> &MemStore {
@@ -70,6 +87,29 @@ impl Bucket {
         }
         let records = self.objects.objects().into_iter().filter(|(key, _)| is_record(key));
         *lock(&self.records) = records.map(|(key, body)| (key, Some(body))).collect();
+    }
+
+    /// An object is not what it was any more.
+    pub fn harm(&self, key: &ObjectKey, harmed: Option<Bytes>) {
+        if let Some(before) = self.objects.objects().get(key) {
+            lock(&self.harmed).entry(key.clone()).or_insert_with(|| before.clone());
+            self.objects.tamper(key, harmed);
+            self.ledger.harmed();
+        }
+    }
+
+    /// Keys of what was harmed.
+    pub fn harmed(&self) -> Vec<ObjectKey> {
+        lock(&self.harmed).keys().cloned().collect()
+    }
+
+    /// A copy in which nothing was harmed.
+    pub fn unharmed(&self) -> MemStore {
+        let copy = self.objects.fork();
+        for (key, body) in &*lock(&self.harmed) {
+            copy.tamper(key, Some(body.clone()));
+        }
+        copy
     }
 
     /// Takes an object away for good, as retention does.
@@ -143,6 +183,7 @@ enum Luck {
     Refused(Kind),
     Ambiguous,
     Flipped,
+    Resent,
 }
 
 impl Door {
@@ -162,6 +203,8 @@ impl Door {
             Luck::Ambiguous
         } else if !writes && chance.happens(w.flipped) {
             Luck::Flipped
+        } else if verb == Verb::PutNew && w.resent > 0.0 && chance.happens(w.resent) {
+            Luck::Resent
         } else {
             Luck::Good
         };
@@ -204,7 +247,15 @@ impl Door {
             Verb::PutNew => self.bucket.objects.put_new(key, body).await,
             _ => self.bucket.objects.put_hint(key, body).await,
         };
+        if done.is_ok() {
+            lock(&self.bucket.written).insert(key.clone(), Instant::now());
+        }
         self.bucket.watch(key);
+        if luck.0 == Luck::Resent {
+            self.bucket.ledger.resent();
+            let exists = StoreError::new(Kind::Exists, verb, key, "sent twice on the way");
+            return self.leave(luck, verb, key.as_str(), Err(exists)).await;
+        }
         self.leave(luck, verb, key.as_str(), done).await
     }
 
@@ -272,7 +323,19 @@ impl ObjectStore for Door {
         after: Option<&ObjectKey>,
         limit: usize,
     ) -> Result<Vec<(ObjectKey, u64)>, StoreError> {
-        let call = self.bucket.objects.list(prefix, after, limit);
+        let stale = lock(&self.weather).stale;
+        let hidden =
+            if stale > 0.0 && self.chance.happens(stale) { self.chance.millis(1, 60_000) } else { Duration::ZERO };
+        let call = async {
+            let mut listed = self.bucket.objects.list(prefix, after, limit).await?;
+            let written = lock(&self.bucket.written);
+            let before = listed.len();
+            listed.retain(|(key, _)| written.get(key).is_none_or(|at| at.elapsed() >= hidden));
+            if listed.len() < before {
+                self.bucket.ledger.count("stale list");
+            }
+            Ok(listed)
+        };
         self.read(Verb::List, prefix, call, |l| l).await
     }
     async fn delete(&self, key: &ObjectKey) -> Result<(), StoreError> {

@@ -7,17 +7,19 @@ use std::sync::Arc;
 
 use backhaul_cli::Output;
 use backhaul_protocol::ids::{LogSeq, Name};
+use backhaul_protocol::session::sink::GroupHead;
 use backhaul_protocol::store::key::ObjectKey;
+use backhaul_protocol::store::map::{MapRef, PAGES_START};
 use backhaul_protocol::wire::message::PointSpec;
 use backhaul_receiver::catalog::Catalog;
-use backhaul_receiver::scrub::{Scrub, Share, verify_group};
+use backhaul_receiver::scrub::{PointReport, Scrub, Share, verify_group};
 use backhaul_receiver::store::ObjectStore;
 use bytes::{Bytes, BytesMut};
 use tokio::sync::Semaphore;
 
 use crate::chance::Chance;
 use crate::history::{Group, World};
-use crate::oracle::{compare, restored};
+use crate::oracle::{compare, is_named, restored};
 
 /// Newest points that are looked at.
 const POINTS: usize = 4;
@@ -81,20 +83,77 @@ async fn look(world: &World, store: &Arc<dyn ObjectStore>, group: &Group, seq: L
         match restored(world, store.clone(), name, seq, &volume.name).await {
             // Wrong bytes are a violation, and `compare` says so.
             Ok(bytes) => compare(world, name, point, seq, &volume.name, offered, &bytes),
-            Err(error) => failed.push(format!("{}: {error}", volume.name)),
+            Err(error) => {
+                if !is_named(std::slice::from_ref(key), &error) && !is_numbered(key, &error) {
+                    let what = format_args!("{key} is {what}: a restore of {name}@{seq} says {error:#}");
+                    ledger.violation("I8", what);
+                }
+                failed.push(format!("{}: {error}", volume.name));
+            }
         }
     }
     ledger.count(if failed.is_empty() { "harmless" } else { "harm prevented a restore" });
     if failed.is_empty() {
         return;
     }
-    if is_clean(store, name, group, seq).await {
-        ledger.violation("I8", format_args!("{key} is {what}: verify finds {name}@{seq} clean, and {failed:?}"));
+    let found = found(store, name, group, seq).await;
+    if !found.iter().any(|damaged| damaged.contains(key.as_str())) {
+        ledger.violation("I8", format_args!("{key} is {what}: verify finds in {name}@{seq} {found:?}, and {failed:?}"));
     }
 }
 
-async fn is_clean(store: &Arc<dyn ObjectStore>, name: &Name, group: &Group, seq: LogSeq) -> bool {
-    let Ok(catalog) = Catalog::open(store.clone()).await else { return false };
+/// Whether the error is about this record of the log, by its number.
+fn is_numbered(key: &ObjectKey, error: &anyhow::Error) -> bool {
+    let number = key.as_str().rsplit_once("/log/").and_then(|(_, number)| number.parse::<u64>().ok());
+    number.is_some_and(|number| format!("{error:#}").contains(&format!("record {number}:")))
+}
+
+/// `verify` of a store that nobody harmed: the newest point of each group, and an older one.
+pub async fn verify(world: &World) {
+    let store: Arc<dyn ObjectStore> = Arc::new(world.bucket.objects().fork());
+    for group in &world.groups {
+        let points = points(world, group).await;
+        let older = points.len().checked_sub(4).and_then(|at| points.get(at));
+        for seq in points.last().into_iter().chain(older) {
+            let found = found(&store, &group.name, group, *seq).await;
+            world.ledger.count("healthy point verified");
+            if !found.is_empty() {
+                world.ledger.violation("I8", format_args!("{}@{seq} is healthy, verify finds {found:?}", group.name));
+            }
+        }
+    }
+}
+
+/// Harms a map that the newest point of an agent's group needs, so that who opens it must notice.
+pub async fn harm_map(world: &World, node: usize, chance: &Chance) {
+    let log = world.log(world.nodes[node].identity.group).await;
+    let Ok((GroupHead { point: Some((_, point)), .. }, _)) = log.head().await else { return };
+    let maps: Vec<MapRef> = point.volumes.iter().filter_map(|v| v.base).chain(point.deltas.iter().copied()).collect();
+    if maps.is_empty() {
+        return;
+    }
+    let key = log.keys().map(chance.pick(&maps).id);
+    let Some(body) = world.bucket.objects().objects().get(&key).cloned() else { return };
+    let harmed = match chance.below(3) {
+        0 => None,
+        1 => Some(body.slice(..chance.below(PAGES_START as u64) as usize)),
+        _ => {
+            let mut head = BytesMut::from(&body[..]);
+            head[chance.below(PAGES_START as u64) as usize] ^= 1 << chance.below(8);
+            Some(head.freeze())
+        }
+    };
+    world.bucket.harm(&key, harmed);
+    world.ledger.count("map harmed");
+    world.ledger.trace(format_args!("harm: {key}"));
+}
+
+/// What `verify` finds: keys of objects, and why.
+async fn found(store: &Arc<dyn ObjectStore>, name: &Name, group: &Group, seq: LogSeq) -> Vec<String> {
+    let catalog = match Catalog::open(store.clone()).await {
+        Ok(catalog) => catalog,
+        Err(error) => return vec![error.to_string()],
+    };
     let scrub = Scrub {
         group: name.clone(),
         log: catalog.log(group.id),
@@ -105,9 +164,16 @@ async fn is_clean(store: &Arc<dyn ObjectStore>, name: &Name, group: &Group, seq:
     let mut progress = Output::new(false, true, |_| None).progress(1);
     match verify_group(&scrub, PointSpec::Number(seq), |_, total| progress.phase("verify", total)).await {
         Ok(report) => {
-            let right = |p: &backhaul_receiver::scrub::PointReport| p.volumes.iter().all(|v| v.digest_matches);
-            report.damaged.is_empty() && report.point.as_ref().is_some_and(right)
+            let wrong = |p: &PointReport| p.volumes.iter().filter(|v| !v.digest_matches).count();
+            let mut found: Vec<String> =
+                report.damaged.iter().map(|d| format!("{}: {}", d.lost.object, d.lost.cause)).collect();
+            match report.point {
+                Some(point) if wrong(&point) > 0 && found.is_empty() => found.push("a digest does not match".into()),
+                None if found.is_empty() => found.push("no point".into()),
+                _ => {}
+            }
+            found
         }
-        Err(_) => false,
+        Err(error) => vec![error.to_string()],
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use backhaul_agent::replicate::CommitWhen;
 use backhaul_protocol::geometry::Geometry;
 use backhaul_protocol::ids::{GroupId, LogSeq, Name, RepositoryId};
-use backhaul_protocol::store::checkpoint::{Sharing, StoreFormat, write_seq};
+use backhaul_protocol::store::checkpoint::{Sharing, StoreFormat, read_seq, write_seq};
 use backhaul_protocol::store::envelope::Kind as ObjectKind;
 use backhaul_protocol::store::fleet::{AgentRole, JoinedAgent};
 use backhaul_protocol::store::key::{self, GroupKeys};
@@ -33,15 +33,13 @@ use crate::chance::Chance;
 use crate::disk::Disks;
 use crate::gate::{Gate, Process};
 use crate::ledger::Ledger;
-use crate::plan::{Op, Plan};
+use crate::plan::{MAX_NODES, Op, Plan};
 use crate::receiver::Receiver;
 use crate::wire::{End, Network, connect};
 use crate::{harm, oracle, panics};
 
 /// Bytes of a block.
 pub const BLOCK: u32 = backhaul_protocol::limits::MIN_BLOCK_SIZE;
-/// Nodes that a history has at most.
-const MAX_NODES: usize = 4;
 /// A command of the operator is given up after this long.
 const OPERATOR: Duration = Duration::from_secs(400);
 /// An attempt that takes longer hangs: the longest wait in either program is five minutes, and some follow each other.
@@ -299,6 +297,7 @@ impl World {
             }
             Op::Prune { node, keep } => self.prune(self.group_of(node % nodes), keep).await,
             Op::KeepBucket => self.kept_bucket = Some(self.bucket.objects().fork()),
+            Op::Harm { node, seed } => harm::harm_map(self, node % nodes, &Chance::new(seed)).await,
             Op::PutBackBucket { orphans } => self.put_back_bucket(orphans),
             Op::Hostile { node, receiver, seed } => {
                 let receiver = receiver % self.receivers.len();
@@ -468,7 +467,7 @@ impl World {
         for seq in (0..floor.0).map(LogSeq) {
             self.bucket.delete(&log.keys().log(seq));
         }
-        self.ledger.forget_acked(id, |seq| seq >= floor);
+        self.ledger.pruned(id, floor);
         self.ledger.count("log pruned");
     }
 
@@ -508,6 +507,8 @@ impl World {
         let there = kept.objects();
         for group in &self.groups {
             let keys = GroupKeys(group.id);
+            let floor = there.get(&keys.floor()).and_then(|bytes| read_seq(ObjectKind::Floor, bytes).ok());
+            self.ledger.pruned(group.id, floor.unwrap_or_default());
             self.ledger.forget_acked(group.id, |seq| there.contains_key(&keys.log(seq)));
             self.ledger.suspect_all(group.id);
         }
@@ -535,15 +536,25 @@ impl World {
             self.nodes[at].kill();
             self.nodes[at].disks.disarm();
         }
+        if !self.bucket.harmed().is_empty() {
+            // What they have in memory still would hide it.
+            for receiver in &mut self.receivers {
+                receiver.kill();
+                receiver.start().await;
+            }
+        }
         for group in 0..self.groups.len() {
             if let Some(at) = (0..self.nodes.len()).find(|n| self.group_of(*n) == group) {
                 self.converge(at).await;
             }
         }
         oracle::examine(self).await;
-        // In every third history: restores are what takes time.
-        if self.chance.below(3) == 0 {
-            harm::harm(self, &self.chance.clone()).await;
+        // In every third history each: restores are what takes time.
+        match self.chance.below(3) {
+            _ if !self.bucket.harmed().is_empty() => {}
+            0 => harm::harm(self, &self.chance.clone()).await,
+            1 => harm::verify(self).await,
+            _ => {}
         }
     }
 

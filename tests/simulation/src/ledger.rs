@@ -47,6 +47,8 @@ struct Inner {
     /// Offers whose answer does not count any more: the bucket that it is about was replaced.
     void: BTreeSet<CommitId>,
     acked: BTreeMap<(GroupId, LogSeq), CommitId>,
+    /// The lowest number that exists of each group whose log was pruned.
+    floors: BTreeMap<GroupId, LogSeq>,
     violations: Vec<String>,
     counts: BTreeMap<&'static str, u64>,
     hasher: blake3::Hasher,
@@ -57,6 +59,8 @@ struct Inner {
     below_floor: BTreeSet<CommitId>,
     /// Whether anything was given out or left in the store that is not what was written.
     harmed: bool,
+    /// Whether a write was ever sent twice on its way.
+    resent: bool,
 }
 
 /// Whether an agent may rightly be called diverged.
@@ -76,6 +80,7 @@ impl Ledger {
             offers: BTreeMap::new(),
             void: BTreeSet::new(),
             acked: BTreeMap::new(),
+            floors: BTreeMap::new(),
             violations: Vec::new(),
             counts: BTreeMap::new(),
             hasher: blake3::Hasher::new(),
@@ -83,6 +88,7 @@ impl Ledger {
             standing: Vec::new(),
             below_floor: BTreeSet::new(),
             harmed: false,
+            resent: false,
         };
         Self(Mutex::new(inner), Instant::now())
     }
@@ -153,7 +159,9 @@ impl Ledger {
             inner.standing[node].is_suspect = false;
             inner.suspect(|number, standing| number != node && standing.group == group);
         }
-        let before = inner.acked.insert((group, seq), commit);
+        // What was told late may have been pruned since it was written.
+        let is_pruned = inner.floors.get(&group).is_some_and(|floor| seq < *floor);
+        let before = if is_pruned { None } else { inner.acked.insert((group, seq), commit) };
         let is_below = inner.below_floor.contains(&commit);
         drop(inner);
         if let Some(before) = before.filter(|b| *b != commit) {
@@ -171,6 +179,14 @@ impl Ledger {
     pub fn harmed(&self) {
         self.lock().harmed = true;
     }
+    /// A write was sent twice on its way.
+    pub fn resent(&self) {
+        self.lock().resent = true;
+    }
+    /// Whether any ever was.
+    pub fn is_resent(&self) -> bool {
+        self.lock().resent
+    }
     /// Whether anything ever was.
     pub fn is_harmed(&self) -> bool {
         self.lock().harmed
@@ -184,6 +200,11 @@ impl Ledger {
     pub fn void_offers(&self) {
         let mut inner = self.lock();
         inner.void = inner.offers.keys().copied().collect();
+    }
+    /// Points below the floor are gone, and more may come that are.
+    pub fn pruned(&self, group: GroupId, floor: LogSeq) {
+        self.lock().floors.insert(group, floor);
+        self.forget_acked(group, |seq| seq >= floor);
     }
     /// Points that are gone because an operator wanted it.
     pub fn forget_acked(&self, group: GroupId, keep: impl Fn(LogSeq) -> bool) {

@@ -14,6 +14,7 @@ use backhaul_agent::replicate::CommitWhen;
 use backhaul_cli::Output;
 use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::ids::{GroupId, LogSeq, Name, WriterNonce};
+use backhaul_protocol::store::key::ObjectKey;
 use backhaul_protocol::store::log::{Body, PointBody, Record};
 use backhaul_protocol::wire::message::PointSpec;
 use backhaul_receiver::catalog::{Catalog, GroupLog};
@@ -88,6 +89,16 @@ async fn examine_point(world: &World, store: &Arc<dyn ObjectStore>, log: &GroupL
         };
         match restored(world, store.clone(), name, seq, &volume.name).await {
             Ok(bytes) => compare(world, name, point, seq, &volume.name, offered, &bytes),
+            Err(error) if is_named(&world.bucket.harmed(), &error) => {
+                ledger.count("harm before prevented a restore");
+                let whole: Arc<dyn ObjectStore> = Arc::new(world.bucket.unharmed());
+                match restored(world, whole, name, seq, &volume.name).await {
+                    Ok(bytes) => compare(world, name, point, seq, &volume.name, offered, &bytes),
+                    Err(error) => {
+                        ledger.violation("I2", format_args!("{name}: unharmed {}@{seq}: {error:#}", volume.name))
+                    }
+                }
+            }
             Err(error) => {
                 ledger.violation("I2", format_args!("{name}: {}@{seq} can't be restored: {error:#}", volume.name));
             }
@@ -97,6 +108,12 @@ async fn examine_point(world: &World, store: &Arc<dyn ObjectStore>, log: &GroupL
         ledger.violation("I1", format_args!("{name}: point {seq} has other volumes than were offered"));
     }
     ledger.count("point restored");
+}
+
+/// I8: whether one of these objects is what an error is about.
+pub fn is_named(harmed: &[ObjectKey], error: &anyhow::Error) -> bool {
+    let text = format!("{error:#}");
+    harmed.iter().any(|key| text.contains(key.as_str()))
 }
 
 /// I4, I5: only who was entitled to the record before may have written this one.
@@ -137,7 +154,8 @@ fn examine_instant(world: &World, name: &Name, seq: LogSeq, point: &PointBody, o
     // A watch that goes on when the commit is asked for has seen nothing yet.
     let until = watches().map(|w| w.until.unwrap_or(0)).min();
     if from >= until {
-        let text = format_args!("{name}: the volumes of {seq} are of no common instant, and it is {}", point.consistency);
+        let text =
+            format_args!("{name}: the volumes of {seq} are of no common instant, and it is {}", point.consistency);
         world.ledger.violation("I6", text);
     }
     if offer.volumes.len() > 1 {

@@ -148,6 +148,11 @@ pub enum Op {
     },
     /// The operator keeps a copy of the bucket.
     KeepBucket,
+    /// One of the maps that the newest point needs is gone, or its beginning is not what it was.
+    Harm {
+        node: usize,
+        seed: u64,
+    },
     /// And puts it back, with all receivers down; what is no log record may stay.
     PutBackBucket {
         orphans: bool,
@@ -166,6 +171,8 @@ pub enum Op {
     },
 }
 
+/// Agents that a history has at most; a copy beyond is not made.
+pub const MAX_NODES: usize = 4;
 /// Blocks of a usual volume.
 const BLOCKS: u64 = 24;
 
@@ -200,7 +207,7 @@ impl Plan {
         let mut ops = Vec::new();
         for _ in 0..count {
             if chance.happens(0.06) {
-                script(&chance, &mut ops);
+                script(&chance, groups, &mut ops);
             }
             kinds.add(&chance, &mut ops);
             ops.push(Op::Wait(wait(&chance)));
@@ -233,14 +240,14 @@ fn place(chance: &Chance) -> usize {
 }
 
 /// Sequences that chance alone would seldom make.
-fn script(chance: &Chance, ops: &mut Vec<Op>) {
+fn script(chance: &Chance, groups: usize, ops: &mut Vec<Op>) {
     let (node, receiver) = (chance.below(2) as usize, chance.below(2) as usize);
     let sync = |receiver| Op::Sync { node, receiver, when: When::Always, keep: false };
     let join = || Op::Join { node, at_most: 400_000 };
     let write = || Op::Write { node, volume: chance.below(2) as usize, writes: writes(chance) };
     let many =
         || Op::Write { node, volume: 0, writes: (0..BLOCKS as usize).map(|b| (b, chance.below(5) as u32)).collect() };
-    match chance.below(14) {
+    match chance.below(17) {
         // A receiver falls asleep over a commit, others go on, the log is pruned, it wakes up.
         0..4 => {
             ops.extend([join(), write(), sync(receiver), Op::Wait(chance.between(20, 400)), Op::Pause { receiver }]);
@@ -288,6 +295,18 @@ fn script(chance: &Chance, ops: &mut Vec<Op>) {
             ops.extend([Op::Adopt { node }, Op::StartReceiver { receiver }, write(), sync(receiver), join(), write()]);
             ops.extend([sync(receiver), join()]);
         }
+        14 | 15 => survivor(chance, groups, ops),
+        // A map is harmed while the group goes on, and is read again or not.
+        16 => {
+            for _ in 0..3 {
+                ops.extend([join(), many(), sync(receiver)]);
+            }
+            ops.extend([join(), Op::Harm { node, seed: chance.below(u64::MAX) }]);
+            if chance.happens(0.7) {
+                ops.extend([Op::KillReceiver { receiver }, Op::StartReceiver { receiver }]);
+            }
+            ops.extend([write(), sync(receiver), join(), write(), sync(receiver), join()]);
+        }
         // A, B, A within a draft that is broken off twice.
         _ => {
             let content = [1, 2, 1].map(|c| Op::Write { node, volume: 0, writes: (0..8).map(|b| (b, c)).collect() });
@@ -297,6 +316,38 @@ fn script(chance: &Chance, ops: &mut Vec<Op>) {
             ops.extend([sync(receiver), join()]);
         }
     }
+}
+
+/// A receiver falls asleep over the commit of an agent that lives on and waits. The operator makes a copy of it the
+/// writer, the log goes on and is pruned; all within the time that the connection lives.
+fn survivor(chance: &Chance, groups: usize, ops: &mut Vec<Op>) {
+    let copies = ops.iter().filter(|op| matches!(op, Op::Clone { .. })).count();
+    // What a copy is called is known only as long as there is room for one.
+    let copy = groups + copies;
+    if copy >= MAX_NODES {
+        return;
+    }
+    let node = chance.below(copy as u64) as usize;
+    let content = chance.pick(&[1, 3]);
+    let toggle = |node, i: u32| {
+        let writes = (0..8).map(|b| (b, 1 + (content + 2 * i + 2 * b as u32) % 4)).collect();
+        Op::Write { node, volume: 0, writes }
+    };
+    let sync = |node, receiver| Op::Sync { node, receiver, when: When::Always, keep: false };
+    let join = |node| Op::Join { node, at_most: 400_000 };
+    ops.extend([join(node), Op::Adopt { node }]);
+    for receiver in [0, 1] {
+        ops.extend([Op::Weather { receiver, weather: Weather::default() }, Op::Resume { receiver }]);
+        ops.extend([Op::StartReceiver { receiver }, Op::Mend { node, receiver }]);
+        ops.push(Op::Mend { node: copy, receiver });
+    }
+    ops.extend([Op::KillAgent { node }, toggle(node, 0), sync(node, 0), join(node), toggle(node, 1)]);
+    ops.extend([Op::Clone { node, other_machine: chance.happens(0.5) }, sync(node, 0)]);
+    ops.extend([Op::Wait(chance.between(60, 220)), Op::Pause { receiver: 0 }, Op::Adopt { node }]);
+    for i in 2..chance.between(7, 10) as u32 {
+        ops.extend([toggle(copy, i), sync(copy, 1), join(copy)]);
+    }
+    ops.extend([Op::Prune { node, keep: chance.below(2) }, Op::Resume { receiver: 0 }, join(node)]);
 }
 
 /// How often what happens in one history: histories differ in their troubles, so that each gets some far.
@@ -408,6 +459,8 @@ fn weather(chance: &Chance) -> Weather {
             flipped: some(0.01),
             silent: some(0.01),
             full: some(0.2),
+            resent: some(0.1),
+            stale: some(0.9),
         },
     }
 }

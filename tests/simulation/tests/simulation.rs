@@ -61,6 +61,19 @@ fn nothing_is_violated_and_every_situation_is_reached() {
     assert!(rare.is_empty(), "reached too seldom to prove anything (situation, histories, wanted): {rare:?}");
 }
 
+/// Histories that found mistakes which are mended: each failed before.
+#[test]
+fn stored_histories_stay_mended() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("histories");
+    let files: Vec<_> = std::fs::read_dir(folder).expect("it is there").map(|f| f.expect("readable").path()).collect();
+    assert!(files.len() >= 2, "{files:?}");
+    for file in files {
+        let plan: Plan = serde_json::from_slice(&std::fs::read(&file).expect("readable")).expect("a plan");
+        let report = run_caught(&plan, None, Trace::Digest);
+        assert!(report.violations.is_empty(), "{}: {:?}", file.display(), report.violations);
+    }
+}
+
 #[test]
 fn a_seed_is_one_history() {
     for seed in 0..TWICE {
