@@ -266,7 +266,17 @@ fn script(chance: &Chance, groups: usize, ops: &mut Vec<Op>) {
             let longest = chance.pick(&[300, 2000]);
             ops.extend([join(), many(), Op::Delay { node, receiver, longest }, sync(receiver)]);
             ops.extend([Op::Wait(chance.between(100, 6000)), Op::KillAgent { node }]);
+            // Sometimes by a receiver that does not find in lists what another has just written.
+            let is_stale = chance.happens(0.3);
+            if is_stale {
+                let weather = Weather { stale: 1.0, ..Weather::default() };
+                ops.extend([Op::Weather { receiver, weather }, Op::KillReceiver { receiver }]);
+                ops.push(Op::StartReceiver { receiver });
+            }
             ops.extend([many(), sync(receiver), Op::Wait(chance.between(100, 6000)), Op::KillAgent { node }]);
+            if is_stale {
+                ops.extend([Op::KillReceiver { receiver }, Op::StartReceiver { receiver }]);
+            }
             ops.extend([many(), Op::Mend { node, receiver }, sync(receiver), join()]);
         }
         // An answer is lost, and the state is put back to before it.
