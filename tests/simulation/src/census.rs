@@ -137,6 +137,7 @@ pub const REQUIRED: &[(&str, u64)] = &[
     ("refused: damaged", 20),
     ("refused: diverged", 500),
     ("refused: store unavailable", 50),
+    ("stale list", 200),
     ("state put back", 200),
     ("volume added", 700),
     ("volume dropped", 300),
