@@ -1,8 +1,8 @@
 //! Whether a simulated process runs: everything that it does to the world outside passes its [`Gate`].
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::watch;
+use tokio::sync::Notify;
 
 /// What a process is doing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -17,36 +17,45 @@ pub enum Process {
 
 /// Lets a process act while it runs.
 #[derive(Clone, Debug)]
-pub struct Gate(Arc<watch::Sender<Process>>);
+pub struct Gate(Arc<Inner>);
+
+/// Not a `watch`: that wakes who waits in an order which no seed decides.
+#[derive(Debug)]
+struct Inner {
+    process: Mutex<Process>,
+    changed: Notify,
+}
 
 impl Default for Gate {
     fn default() -> Self {
-        Self(Arc::new(watch::Sender::new(Process::Running)))
+        Self(Arc::new(Inner { process: Mutex::new(Process::Running), changed: Notify::new() }))
     }
 }
 
 impl Gate {
+    fn lock(&self) -> MutexGuard<'_, Process> {
+        self.0.process.lock().unwrap_or_else(PoisonError::into_inner)
+    }
     /// What it is doing.
     pub fn process(&self) -> Process {
-        *self.0.borrow()
+        *self.lock()
     }
     /// From now on; the dead stay dead.
     pub fn set(&self, process: Process) {
-        self.0.send_if_modified(|p| {
-            let changes = *p != Process::Dead && *p != process;
-            if changes {
-                *p = process;
+        {
+            let mut now = self.lock();
+            if *now == Process::Dead {
+                return;
             }
-            changes
-        });
+            *now = process;
+        }
+        self.0.changed.notify_waiters();
     }
     /// Waits while it is paused, and for ever when it is dead.
     pub async fn pass(&self) {
-        if self.process() == Process::Running {
-            return;
+        while self.process() != Process::Running {
+            // One thread: nothing changes between looking and waiting.
+            self.0.changed.notified().await;
         }
-        let mut changes = self.0.subscribe();
-        // The sender lives as long as this.
-        let _ = changes.wait_for(|p| *p == Process::Running).await;
     }
 }
