@@ -197,11 +197,8 @@ impl Node {
     pub async fn wait(&mut self) -> Option<Outcome> {
         let outcome = self.running.as_mut()?.await;
         self.running = None;
-        match outcome {
-            Ok(outcome) => Some(outcome),
-            // Killed, or a panic, which is heard elsewhere.
-            Err(_) => None,
-        }
+        // Killed, or a panic, which is heard elsewhere.
+        outcome.ok()
     }
 
     fn joined(&self) -> Joined {

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use backhaul_agent::replicate::CommitWhen;
 use backhaul_protocol::geometry::Geometry;
 use backhaul_protocol::ids::{GroupId, LogSeq, Name, RepositoryId};
+use backhaul_protocol::session::sink::GroupHead;
 use backhaul_protocol::store::checkpoint::{Sharing, StoreFormat, read_seq, write_seq};
 use backhaul_protocol::store::envelope::Kind as ObjectKind;
 use backhaul_protocol::store::fleet::{AgentRole, JoinedAgent};
@@ -457,8 +458,10 @@ impl World {
     async fn prune(&mut self, group: usize, keep: u64) {
         let id = self.groups[group].id;
         let log = self.log(id).await;
-        let Ok(newest) = log.newest().await else { return };
-        let floor = self.lowest_floor(&log, LogSeq(newest.0.saturating_sub(keep)), newest).await;
+        let Ok((GroupHead { record, point: Some((point, _)) }, _)) = log.head().await else { return };
+        // Never the newest point, also where the operator decided something since: a round may be built on it (I15).
+        let (newest, wanted) = (record.seq, LogSeq(record.seq.0.saturating_sub(keep)).min(point));
+        let floor = self.lowest_floor(&log, wanted, newest).await;
         if floor.0 == 0 || log.floor().await.is_ok_and(|f| f >= floor) || log.write_checkpoint(newest).await.is_err() {
             return;
         }
