@@ -297,7 +297,13 @@ pub async fn last(site: &mut Site) {
             for _ in 0..8 {
                 others.push(site.connect().await.expect("a path that works"));
             }
-            sleep(seconds(1)).await;
+            // Whose last packet of the handshake is lost comes later.
+            for _ in 0..100 {
+                if site.shared().in_use().sessions == others.len() {
+                    break;
+                }
+                sleep(Duration::from_millis(100)).await;
+            }
             refused(site, Reason::Busy).await;
             for other in others {
                 other.link.goodbye().await;
