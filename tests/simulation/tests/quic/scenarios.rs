@@ -20,7 +20,7 @@ use backhaul_transport::link::QuicLink;
 use backhaul_transport::tls::{ReceiverTrust, client_config, server_config};
 use tokio::time::{Instant, sleep};
 
-use crate::site::{RECEIVER, Site, refusal};
+use crate::site::{Attempt, RECEIVER, Site, refusal};
 
 /// A second, of which so many.
 const fn seconds(n: u64) -> Duration {
@@ -180,16 +180,21 @@ async fn a_slow_store(site: &mut Site) {
     site.store.heal();
 }
 
+/// Until an attempt waits for a store that hangs, by what the store was asked since `before`.
+async fn frozen(site: &Site, before: usize, attempt: &Attempt) {
+    while !site.store.trace()[before..].iter().any(|s| s.fault == Some(Fault::FreezeBefore)) {
+        assert!(!attempt.is_finished(), "seed {}: what hangs is never asked for", site.seed);
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// I12: a session whose agent is gone does not wait for the store for ever.
 async fn gone_while_the_store_hangs(site: &mut Site) {
     site.write();
     let before = site.store.trace().len();
     site.store.add(When::verb(Verb::PutNew).key("/log/").times(1), Fault::FreezeBefore);
     let attempt = site.attempt();
-    let frozen = |site: &Site| site.store.trace()[before..].iter().any(|s| s.fault == Some(Fault::FreezeBefore));
-    while !frozen(site) {
-        sleep(Duration::from_millis(20)).await;
-    }
+    frozen(site, before, &attempt).await;
     site.kill_agent(attempt).await;
     sleep(FORGOTTEN).await;
     let held = site.shared().in_use();
@@ -246,9 +251,7 @@ async fn taken_over_while_it_opens(site: &mut Site) {
     let before = site.store.trace().len();
     site.store.add(When::verb(Verb::List).key("/maps/").times(1), Fault::FreezeBefore);
     let attempt = site.attempt();
-    while !site.store.trace()[before..].iter().any(|s| s.fault == Some(Fault::FreezeBefore)) {
-        sleep(Duration::from_millis(20)).await;
-    }
+    frozen(site, before, &attempt).await;
     site.kill_agent(attempt).await;
     // What is under way has five seconds to finish, twice.
     site.committed_within(SOON + seconds(10), "a session that takes over one that opens").await;
