@@ -9,6 +9,7 @@ use std::time::Duration;
 use backhaul_cli::settings::{self, Bytes, Span};
 use backhaul_cli::{Exit, Failure};
 use backhaul_protocol::limits::{DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
+use backhaul_transport::tuning::Tuning;
 use clap::Args;
 use serde::Deserialize;
 
@@ -41,6 +42,10 @@ pub struct Settings {
     pub block_size: Option<Bytes>,
     /// What tells this machine from its clones.
     pub machine_id_file: Option<PathBuf>,
+    /// Congestion control of what is sent.
+    pub congestion: Option<String>,
+    /// Whether the kernel cuts what is sent into packets.
+    pub segmentation_offload: Option<bool>,
 }
 
 /// What differs between machines.
@@ -71,6 +76,8 @@ pub struct Config {
     pub block_size: u32,
     /// What tells this machine from its clones.
     pub machine_id_file: PathBuf,
+    /// How connections treat their path.
+    pub tuning: Tuning,
 }
 
 impl Config {
@@ -96,6 +103,7 @@ impl Config {
         if !EVERY.contains(&every) {
             return Err(wrong(format!("every = {every:?}: want from 1s to 7d")));
         }
+        let tuning = settings::tuning(settings.congestion.as_deref(), settings.segmentation_offload).map_err(wrong)?;
         let receiver = place.receiver.clone().or(settings.receiver);
         if let Some(text) = &receiver {
             settings::check_address(text).map_err(|e| wrong(format!("receiver: {e}")))?;
@@ -108,6 +116,7 @@ impl Config {
             compression,
             block_size: block_size as u32,
             machine_id_file: settings.machine_id_file.unwrap_or_else(|| crate::machine::USUAL_FILE.into()),
+            tuning,
         })
     }
 }

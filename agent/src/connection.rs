@@ -20,6 +20,7 @@ use backhaul_transport::endpoint::{Endpoint, Windows};
 use backhaul_transport::error::TransportError;
 use backhaul_transport::link::{Link, QuicLink};
 use backhaul_transport::tls::{ReceiverTrust, TlsError, agent_identity, client_config};
+use backhaul_transport::tuning::{Tuning, Unshared, follow};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -87,15 +88,20 @@ pub struct Connected {
 }
 
 /// Connects as the agent that joined. Renews the certificate where two thirds of its life are over.
-pub async fn connect(state: &StateDir, joined: &Joined, address: Option<&str>) -> Result<Connected, SessionError> {
-    let mut connected = connect_once(state, address.unwrap_or(&joined.receiver)).await?;
+pub async fn connect(
+    state: &StateDir,
+    joined: &Joined,
+    address: Option<&str>,
+    tuning: Tuning,
+) -> Result<Connected, SessionError> {
+    let mut connected = connect_once(state, address.unwrap_or(&joined.receiver), tuning).await?;
     let left = certificate_life(state)?;
     if left < RENEWED_BELOW {
         match renew(state, &mut connected).await {
             // The session must be that of the new certificate: it may last longer than the old one.
             Ok(()) => {
                 connected.link.goodbye().await;
-                connected = connect_once(state, address.unwrap_or(&joined.receiver)).await?;
+                connected = connect_once(state, address.unwrap_or(&joined.receiver), tuning).await?;
             }
             Err(error) if left <= 0 => return Err(error),
             Err(error) => tracing::warn!(%error, "could not renew the certificate; tried again at the next connection"),
@@ -115,9 +121,9 @@ pub fn renewal_is_due(state: &StateDir) -> Result<bool, SessionError> {
     Ok(certificate_life(state)? < RENEWED_BELOW)
 }
 
-async fn connect_once(state: &StateDir, address: &str) -> Result<Connected, SessionError> {
+async fn connect_once(state: &StateDir, address: &str, tuning: Tuning) -> Result<Connected, SessionError> {
     let address = resolve(address).await?;
-    connect_from(Endpoint::client(address)?, state, address).await
+    connect_from(Endpoint::client(address, tuning)?, state, address).await
 }
 
 /// Connects from an endpoint that is given, as the agent that joined.
@@ -132,7 +138,10 @@ pub async fn connect_from(
     // Only the own certificate is sent: the receiver has the authority's.
     let tls = client_config(ReceiverTrust::Authority(authority), Some((chain[..1].to_vec(), &key)))?;
     let connection = first_answer(|| endpoint.connect(address, tls.clone(), Windows::BLOCKS)).await?;
-    Ok(greet(QuicLink::connected(endpoint, connection)).await?)
+    let connected = greet(QuicLink::connected(endpoint, connection)).await?;
+    let link = Arc::downgrade(&connected.link);
+    tokio::spawn(async move { follow(link, &mut Unshared::default()).await });
+    Ok(connected)
 }
 
 /// Connects, and begins anew every few seconds while nothing answers. QUIC doubles the time between its tries: a

@@ -36,6 +36,10 @@ pub struct Settings {
     pub segment_size: Option<Bytes>,
     /// Agents that may be connected at once.
     pub max_sessions: Option<usize>,
+    /// Congestion control of what is sent.
+    pub congestion: Option<String>,
+    /// Whether the kernel cuts what is sent into packets.
+    pub segmentation_offload: Option<bool>,
 }
 
 /// What differs between machines.
@@ -88,6 +92,7 @@ impl Config {
         if !(1..=100_000).contains(&max_sessions) {
             return Err(wrong(format!("max_sessions = {max_sessions}: want from 1 to 100000")));
         }
+        let tuning = settings::tuning(settings.congestion.as_deref(), settings.segmentation_offload).map_err(wrong)?;
         if let Some(text) = &settings.advertise {
             settings::check_address(text).map_err(|e| wrong(format!("advertise: {e}")))?;
         }
@@ -100,6 +105,7 @@ impl Config {
                 memory,
                 segment_size,
                 max_sessions,
+                tuning,
                 ..defaults
             },
         })

@@ -5,6 +5,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use backhaul_transport::endpoint::Windows;
+use backhaul_transport::tuning::Grants;
 
 /// What sessions share. With the least for each of 200 sessions it is under 90 MiB; memory of the process is more than
 /// this, since packets are kept whole. Arbitrary below that.
@@ -20,11 +21,13 @@ pub struct Credit {
     left: Mutex<u32>,
 }
 
-/// A session's window; given back when it is dropped.
+/// A session's windows; given back when it is dropped.
 #[derive(Debug)]
 pub struct Window {
     credit: Arc<Credit>,
     taken: u32,
+    /// For what is sent, above what every session may have on its way.
+    lent: u32,
 }
 
 impl Credit {
@@ -38,7 +41,15 @@ impl Credit {
         let mut left = self.lock();
         let taken = (*left / PARTS).min(Windows::BLOCKS.receive);
         *left -= taken;
-        Window { credit: self.clone(), taken }
+        Window { credit: self.clone(), taken, lent: 0 }
+    }
+
+    /// More for a session whose path is long. Half of what is left stays for others.
+    fn lend(&self, wanted: u32) -> u32 {
+        let mut left = self.lock();
+        let more = (*left / 2).min(wanted);
+        *left -= more;
+        more
     }
 
     /// Bytes that sessions have.
@@ -59,9 +70,35 @@ impl Window {
     }
 }
 
+/// Less than this is not worth a message to the agent.
+const WORTH: u32 = 64 << 10;
+
+impl Grants for Window {
+    fn receive(&mut self, wanted: u32) -> Option<u32> {
+        let before = self.bytes();
+        let missing = wanted.min(Windows::MOST.receive).saturating_sub(before);
+        if missing < WORTH {
+            return None;
+        }
+        self.taken += self.credit.lend(missing);
+        (self.bytes() > before).then(|| self.bytes())
+    }
+
+    fn send(&mut self, wanted: u32) -> Option<u32> {
+        let before = Windows::BLOCKS.send + self.lent;
+        let missing = wanted.min(Windows::MOST.send).saturating_sub(before);
+        if missing < WORTH {
+            return None;
+        }
+        let more = self.credit.lend(missing);
+        self.lent += more;
+        (more > 0).then_some(before + more)
+    }
+}
+
 impl Drop for Window {
     fn drop(&mut self) {
-        *self.credit.lock() += self.taken;
+        *self.credit.lock() += self.taken + self.lent;
     }
 }
 
@@ -80,5 +117,31 @@ mod tests {
         assert!(many.iter().all(|w| w.bytes() >= LEAST));
         drop((first, many));
         assert_eq!(*credit.lock(), SHARED, "everything is given back");
+    }
+
+    #[test]
+    fn windows_grow_on_long_paths_and_stay_within_what_is_shared() {
+        let credit = Credit::new();
+        let mut first = credit.grant();
+        assert_eq!(first.receive(1 << 20), None, "a short path asks for less than there is");
+        assert_eq!(first.receive(u32::MAX), Some(Windows::MOST.receive));
+        assert_eq!(first.receive(u32::MAX), None, "and no more than one may have");
+        let sent = first.send(u32::MAX).expect("there is some left");
+        assert!(Windows::BLOCKS.send < sent && sent <= Windows::MOST.send, "{sent}");
+        // Everybody asks for all, again and again.
+        let mut many: Vec<Window> = (0..199).map(|_| credit.grant()).collect();
+        for _ in 0..5 {
+            for window in &mut many {
+                window.receive(u32::MAX);
+                window.send(u32::MAX);
+            }
+        }
+        let all = || many.iter().chain([&first]);
+        let sum: u64 = all().map(|w| u64::from(w.bytes()) + u64::from(w.lent)).sum();
+        assert!(sum <= 90 << 20, "I12: {sum}");
+        assert!(all().map(|w| u64::from(w.taken) + u64::from(w.lent)).sum::<u64>() <= u64::from(SHARED), "I12");
+        assert!(all().all(|w| w.bytes() >= LEAST), "I14: who came late has a window too");
+        drop((first, many));
+        assert_eq!(credit.granted(), 0, "everything is given back");
     }
 }

@@ -17,6 +17,7 @@ use backhaul_transport::authority::Authority;
 use backhaul_transport::endpoint::{Endpoint, Medium, Serving, Windows};
 use backhaul_transport::error::TransportError;
 use backhaul_transport::tls::server_config;
+use backhaul_transport::tuning::Tuning;
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -43,6 +44,8 @@ pub struct ServerSettings {
     pub revocation_check: Duration,
     /// When to fold.
     pub limits: Limits,
+    /// How connections treat their path.
+    pub tuning: Tuning,
 }
 
 impl Default for ServerSettings {
@@ -57,6 +60,7 @@ impl Default for ServerSettings {
             // A revoked agent is thrown out within 30 s; this leaves room for a slow store.
             revocation_check: Duration::from_secs(10),
             limits: Limits::default(),
+            tuning: Tuning::default(),
         }
     }
 }
@@ -69,7 +73,7 @@ const MAX_HANDSHAKES_OF_ONE_ADDRESS: usize = 32;
 const MAX_STRANGERS: usize = 64;
 /// Of these, from one address.
 const MAX_STRANGERS_OF_ONE_ADDRESS: usize = 32;
-/// Sessions of one agent: its service, and restores beside it. 8 MiB of credit each.
+/// Sessions of one agent: its service, and restores beside it. 8 MiB of credit each to begin with.
 const MAX_SESSIONS_OF_ONE_AGENT: usize = 8;
 
 /// A group that somebody writes to: its state, and how to take it over.
@@ -301,10 +305,10 @@ fn reset_key(authority: &Authority) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
-fn serving(authority: &Authority) -> Result<Serving, TransportError> {
+fn serving(authority: &Authority, tuning: Tuning) -> Result<Serving, TransportError> {
     let own = authority.issue_receiver(clock::now())?;
     let tls = server_config(authority, own)?;
-    Ok(Serving { tls, windows: Windows::UNKNOWN_PEER, reset_key: reset_key(authority) })
+    Ok(Serving { tls, windows: Windows::UNKNOWN_PEER, reset_key: reset_key(authority), tuning })
 }
 
 /// A receiver that listens.
@@ -316,7 +320,7 @@ pub struct Server {
 impl Server {
     /// Binds the socket.
     pub fn bind(catalog: Catalog, authority: Authority, settings: ServerSettings) -> Result<Self, TransportError> {
-        let endpoint = Endpoint::server(settings.listen, serving(&authority)?)?;
+        let endpoint = Endpoint::server(settings.listen, serving(&authority, settings.tuning)?)?;
         Ok(Self::with_endpoint(endpoint, catalog, authority, settings))
     }
 
@@ -327,7 +331,7 @@ impl Server {
         authority: Authority,
         settings: ServerSettings,
     ) -> Result<Self, TransportError> {
-        let endpoint = Endpoint::over(medium, Some(serving(&authority)?))?;
+        let endpoint = Endpoint::over(medium, Some(serving(&authority, settings.tuning)?))?;
         Ok(Self::with_endpoint(endpoint, catalog, authority, settings))
     }
 

@@ -18,6 +18,7 @@ use backhaul_transport::control::{self, ControlReceiver, ControlSender};
 use backhaul_transport::error::TransportError;
 use backhaul_transport::link::{Link, QuicLink};
 use backhaul_transport::tls::{AgentIdentity, agent_identity};
+use backhaul_transport::tuning::follow;
 use rustls_pki_types::CertificateDer;
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -217,13 +218,17 @@ async fn serve_agent(
             return Ok(end(out, writer, reader, &mut messages, CloseCode::Refused).await);
         }
     };
-    let window = shared.credit.grant();
+    let mut window = shared.credit.grant();
     link.allow(window.bytes());
     let mut session = Session::new(shared.clone(), identity, known, link.clone(), out.clone(), busy);
     let (stop, stopping) = watch::channel(None);
     let reason = reason_to_end(shared, &identity, link, session.superseded(), &mut shutdown);
     let result = {
         let mut work = std::pin::pin!(session.work(&mut messages, stopping));
+        let following = async {
+            follow(Arc::downgrade(link), &mut window).await;
+            std::future::pending().await
+        };
         tokio::select! {
             biased;
             code = reason => {
@@ -239,6 +244,7 @@ async fn serve_agent(
                 }
             }
             result = &mut work => result,
+            never = following => never,
         }
     };
     // A store that hangs must not keep the group from the next session: what had arrived is sent again, then.

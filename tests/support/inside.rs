@@ -142,8 +142,9 @@ impl Inside {
         let dir = StateDir::new(state);
         let joined = dir.expect_joined()?;
         let (volumes, _) = protect::refresh(&dir).expect("the volume is as it was");
-        let mut session =
-            Session::new(connect(&dir, &joined, Some(&receiving.address)).await.map_err(RoundError::from)?);
+        let mut session = Session::new(
+            connect(&dir, &joined, Some(&receiving.address), context.config.tuning).await.map_err(RoundError::from)?,
+        );
         let round = Round {
             state: &dir,
             joined: &joined,

@@ -13,6 +13,7 @@ use backhaul_transport::endpoint::{Endpoint, Windows};
 use backhaul_transport::error::TransportError;
 use backhaul_transport::link::QuicLink;
 use backhaul_transport::tls::{ReceiverTrust, client_config};
+use backhaul_transport::tuning::Tuning;
 
 use crate::fixture::number;
 use crate::{Agent, Fixture, Random, Serving, image};
@@ -72,7 +73,7 @@ impl Target {
         let shown = (who == As::Agent).then(|| (chain[..1].to_vec(), &key));
         let tls = client_config(trust, shown).expect("usable");
         let address: SocketAddr = self.serving.socket();
-        let endpoint = Endpoint::client(address).expect("a free port");
+        let endpoint = Endpoint::client(address, Tuning::default()).expect("a free port");
         let connection = endpoint.connect(address, tls, Windows::BLOCKS).await.map(Connection);
         (endpoint, connection)
     }

@@ -22,6 +22,8 @@ struct Meant {
     compression: i32,
     block_size: u32,
     machine_id_file: String,
+    congestion: &'static str,
+    segmentation_offload: bool,
 }
 
 /// Runs the command: the settings were read already.
@@ -36,16 +38,20 @@ pub fn run(ctx: &Context, out: &Output) -> anyhow::Result<Exit> {
         compression: c.compression,
         block_size: c.block_size,
         machine_id_file: c.machine_id_file.display().to_string(),
+        congestion: c.tuning.congestion.as_str(),
+        segmentation_offload: c.tuning.segmentation.is_offload(),
     };
     let text = format!(
-        "settings are right\nstate {}\nreceiver {}\nevery {}\nthreads {}\ncompression {}\nblock_size {}\nmachine_id_file {}",
+        "settings are right\nstate {}\nreceiver {}\nevery {}\nthreads {}\ncompression {}\nblock_size {}\nmachine_id_file {}\ncongestion {}\nsegmentation_offload {}",
         meant.state,
         meant.receiver.as_deref().unwrap_or("(as the join token said)"),
         text::duration(c.every),
         meant.threads,
         meant.compression,
         text::bytes(u64::from(meant.block_size)),
-        meant.machine_id_file
+        meant.machine_id_file,
+        meant.congestion,
+        meant.segmentation_offload
     );
     out.result("backhaul.config/1", &meant, &text);
     Ok(Exit::Done)

@@ -59,7 +59,7 @@ pub async fn run(args: JoinArgs, ctx: &Context, out: Output) -> anyhow::Result<E
     state.create()?;
     let key = state.ensure_key()?;
     let address = resolve(ctx.config.receiver.as_deref().unwrap_or(&token.address)).await?;
-    let endpoint = Endpoint::client(address)?;
+    let endpoint = Endpoint::client(address, ctx.config.tuning)?;
     let tls = client_config(ReceiverTrust::Fingerprint(token.fingerprint), None)?;
     let connection = endpoint.connect(address, tls, Windows::BLOCKS).await?;
     let Connected { link, mut sender, mut receiver } = greet(QuicLink::connected(endpoint, connection)).await?;

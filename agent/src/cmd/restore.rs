@@ -99,7 +99,7 @@ async fn attempt(
     ctx: &Context,
     out: &Output,
 ) -> Result<(), Attempt> {
-    let connected = connect(state, joined, ctx.config.receiver.as_deref()).await;
+    let connected = connect(state, joined, ctx.config.receiver.as_deref(), ctx.config.tuning).await;
     let Connected { link, sender, receiver } = connected.map_err(|e| Attempt::Failed(e.into()))?;
     let (control, warn) = ((sender, receiver), |text: &str| out.warn(text));
     if dry_run {

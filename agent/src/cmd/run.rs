@@ -149,7 +149,8 @@ impl Service<'_> {
             Some(session) => session,
             None => {
                 self.renewal_tried = Some(Instant::now());
-                let connecting = connect(self.state, self.joined, self.ctx.config.receiver.as_deref());
+                let config = &self.ctx.config;
+                let connecting = connect(self.state, self.joined, config.receiver.as_deref(), config.tuning);
                 Session::new(connecting.await.map_err(RoundError::from)?)
             }
         };

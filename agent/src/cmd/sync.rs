@@ -126,7 +126,8 @@ async fn wait_for_receiver(
     loop {
         // An attempt that nobody answers ends by itself after a while; the last one must not outlive the wait by much.
         let left = WAIT_FOR_RECEIVER.saturating_sub(since.elapsed()).max(Duration::from_secs(1));
-        let attempt = tokio::time::timeout(left, connect(state, joined, ctx.config.receiver.as_deref())).await;
+        let attempt =
+            tokio::time::timeout(left, connect(state, joined, ctx.config.receiver.as_deref(), ctx.config.tuning)).await;
         let error = match attempt {
             Ok(Ok(connected)) => return Ok(Session::new(connected)),
             Ok(Err(error)) => error,

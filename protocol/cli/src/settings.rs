@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use backhaul_transport::tuning::{Segmentation, Tuning};
 use serde::de::DeserializeOwned;
 
 use crate::failure::{Exit, Failure};
@@ -20,6 +21,15 @@ pub fn load<T: DeserializeOwned + Default>(named: Option<&Path>, default: &Path)
         Err(e) if e.kind() == std::io::ErrorKind::NotFound && named.is_none() => Ok(T::default()),
         Err(e) => Err(wrong(format!("{}: {e}", path.display()))),
     }
+}
+
+/// How connections treat their path.
+pub fn tuning(congestion: Option<&str>, segmentation_offload: Option<bool>) -> Result<Tuning, String> {
+    let defaults = Tuning::default();
+    Ok(Tuning {
+        congestion: congestion.map_or(Ok(defaults.congestion), str::parse)?,
+        segmentation: segmentation_offload.map_or(defaults.segmentation, Segmentation::offload),
+    })
 }
 
 /// Whether this is HOST:PORT, with a port that can be connected to; an IPv6 address stands in brackets.

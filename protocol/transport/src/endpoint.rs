@@ -7,23 +7,29 @@ use std::future::Future;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use backhaul_protocol::wire::SERVER_NAME;
 use backhaul_protocol::wire::message::CloseCode;
 use backhaul_seams::mutant::{Mutant, planted};
+use quinn::congestion::{ControllerFactory, CubicConfig};
 use quinn::crypto::{CryptoError, HmacKey};
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime, TransportConfig, VarInt};
+use rustix::net::sockopt;
 use tokio::runtime::Handle;
 
+use crate::congestion::BbrConfig;
 use crate::error::TransportError;
+use crate::tuning::{Congestion, Tuning};
 
 /// Largest packet that path discovery tries, bytes of UDP payload. Ten of them, which is what one segmented send
 /// carries, stay under 64 KiB; more hangs (measured at 8972).
 const MAX_PACKET: u16 = 6500;
-/// Credit of one stream. Larger windows make quinn keep thousands of gaps on a lossy path, and close it.
-const STREAM_WINDOW: u32 = 1 << 20;
+/// Credit of one stream. With the smallest packets of 1,200 bytes this is 1,748 of them: even if each second one is
+/// lost, which happens where a queue overflows, there are fewer gaps than the 1,024 at which quinn closes a connection.
+/// Memory is bounded by the window of the connection.
+const STREAM_WINDOW: u32 = 2 << 20;
 /// Block streams that an agent may have open at once. A receiver holds one record of each, of up to 1 MiB, beside its
 /// budget.
 const AGENT_STREAMS: u32 = 8;
@@ -31,7 +37,7 @@ const AGENT_STREAMS: u32 = 8;
 const RECEIVER_STREAMS: u32 = 32;
 /// Bytes of a connection id: none is ever guessed or met again.
 const CONNECTION_ID: usize = 12;
-/// UDP buffers asked for; the kernel caps them at net.core.rmem_max and wmem_max.
+/// UDP buffers asked for; the kernel caps them at net.core.rmem_max and wmem_max, except for root.
 const SOCKET_BUFFER: usize = 4 << 20;
 /// A peer that is gone is noticed after this long where nobody is left to say so: the network is cut, the machine is
 /// off, or its address has changed. Not less: on a bad path the answer to a packet may take ten seconds, and a link
@@ -49,12 +55,14 @@ pub struct Windows {
     /// Bytes of all streams that may be on their way to us and not read yet.
     pub receive: u32,
     /// Bytes that we may have on their way.
-    pub send: u64,
+    pub send: u32,
 }
 
 impl Windows {
-    /// For a connection that carries blocks. 8 MiB fill 1 Gbit/s at 64 ms.
+    /// For a connection that carries blocks. 8 MiB fill 1 Gbit/s at 64 ms where nothing is lost.
     pub const BLOCKS: Self = Self { receive: 8 << 20, send: 8 << 20 };
+    /// What these may grow to on a long path: the windows of an agent's streams together.
+    pub const MOST: Self = Self { receive: STREAM_WINDOW * AGENT_STREAMS, send: STREAM_WINDOW * AGENT_STREAMS };
     /// For a peer that has not shown who it is.
     pub const UNKNOWN_PEER: Self = Self { receive: 64 << 10, send: 8 << 20 };
 }
@@ -62,6 +70,7 @@ impl Windows {
 /// A QUIC endpoint and the thread that drives it. Dropping the last handle ends the thread.
 pub struct Endpoint {
     inner: quinn::Endpoint,
+    tuning: Tuning,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -75,6 +84,8 @@ pub struct Serving {
     /// The same at every start and no other receiver's: by it a receiver that was killed and started again tells agents
     /// at their next packet that it knows nothing of their connections.
     pub reset_key: [u8; 32],
+    /// As set.
+    pub tuning: Tuning,
 }
 
 /// Where an endpoint's packets go, and what drives it, where that is not the kernel and a thread: in a simulation.
@@ -88,27 +99,30 @@ pub struct Medium {
 impl Endpoint {
     /// Listens on `address`.
     pub fn server(address: SocketAddr, serving: Serving) -> Result<Self, TransportError> {
-        Self::start(address, Some(serving))
+        let tuning = serving.tuning;
+        Self::start(address, Some(serving), tuning)
     }
 
     /// Any free port, of the same address family as the receiver's address.
-    pub fn client(receiver: SocketAddr) -> Result<Self, TransportError> {
+    pub fn client(receiver: SocketAddr, tuning: Tuning) -> Result<Self, TransportError> {
         let any: SocketAddr = match receiver {
             SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
             SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
         };
-        Self::start(any, None)
+        Self::start(any, None, tuning)
     }
 
     /// Over a medium that is given; a server if it gets what one needs.
     pub fn over(medium: Medium, serving: Option<Serving>) -> Result<Self, TransportError> {
+        let tuning = serving.as_ref().map_or_else(Tuning::default, |s| s.tuning);
         let (config, server) = configure(serving)?;
         let address = medium.socket.local_addr().unwrap_or((Ipv4Addr::UNSPECIFIED, 0).into());
         let inner = quinn::Endpoint::new_with_abstract_socket(config, server, medium.socket, medium.runtime);
-        Ok(Self { inner: inner.map_err(|cause| TransportError::Bind { address, cause })?, stop: None, thread: None })
+        let inner = inner.map_err(|cause| TransportError::Bind { address, cause })?;
+        Ok(Self { inner, tuning, stop: None, thread: None })
     }
 
-    fn start(address: SocketAddr, serving: Option<Serving>) -> Result<Self, TransportError> {
+    fn start(address: SocketAddr, serving: Option<Serving>, tuning: Tuning) -> Result<Self, TransportError> {
         let failed = |cause| TransportError::Bind { address, cause };
         let (config, server) = configure(serving)?;
         let socket = UdpSocket::bind(address).map_err(failed)?;
@@ -130,7 +144,7 @@ impl Endpoint {
                 runtime.shutdown_background();
             })
             .map_err(failed)?;
-        Ok(Self { inner, stop: Some(stop), thread: Some(thread) })
+        Ok(Self { inner, tuning, stop: Some(stop), thread: Some(thread) })
     }
 
     /// The address that it is bound to.
@@ -153,7 +167,7 @@ impl Endpoint {
         let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls)
             .map_err(|_| crate::tls::TlsError::Pem("no TLS 1.3 cipher"))?;
         let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-        config.transport_config(Arc::new(transport(windows, false)));
+        config.transport_config(Arc::new(transport(windows, self.tuning, false)));
         Ok(self.inner.connect_with(config, address, SERVER_NAME)?.await?)
     }
 
@@ -185,7 +199,7 @@ fn configure(serving: Option<Serving>) -> Result<(quinn::EndpointConfig, Option<
     let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(serving.tls)
         .map_err(|_| crate::tls::TlsError::Pem("no TLS 1.3 cipher"))?;
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-    server.transport_config(Arc::new(transport(serving.windows, true)));
+    server.transport_config(Arc::new(transport(serving.windows, serving.tuning, true)));
     server.max_incoming(64);
     Ok((config, Some(server)))
 }
@@ -217,7 +231,7 @@ impl HmacKey for ResetKey {
     }
 }
 
-fn transport(windows: Windows, server: bool) -> TransportConfig {
+fn transport(windows: Windows, tuning: Tuning, server: bool) -> TransportConfig {
     let streams = if server { AGENT_STREAMS } else { RECEIVER_STREAMS };
     let mut config = TransportConfig::default();
     let mut mtu = quinn::MtuDiscoveryConfig::default();
@@ -227,7 +241,9 @@ fn transport(windows: Windows, server: bool) -> TransportConfig {
         .mtu_discovery_config(Some(mtu))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
         .receive_window(VarInt::from_u32(windows.receive))
-        .send_window(windows.send)
+        .send_window(windows.send.into())
+        .congestion_controller_factory(controller(tuning.congestion))
+        .enable_segmentation_offload(tuning.segmentation.is_offload())
         .max_concurrent_bidi_streams(VarInt::from_u32(u32::from(server)))
         .max_concurrent_uni_streams(VarInt::from_u32(streams))
         .datagram_receive_buffer_size(None)
@@ -236,10 +252,39 @@ fn transport(windows: Windows, server: bool) -> TransportConfig {
     config
 }
 
+fn controller(congestion: Congestion) -> Arc<dyn ControllerFactory + Send + Sync> {
+    match congestion {
+        Congestion::Bbr => Arc::new(BbrConfig),
+        Congestion::Cubic => Arc::new(CubicConfig::default()),
+    }
+}
+
+/// Small buffers cost speed on fast and on long links, nothing else: said once, and gone on with.
 fn enlarge_buffers(socket: &UdpSocket) {
-    // Best effort: small buffers cost speed on fast links, nothing else.
-    let _ = rustix::net::sockopt::set_socket_recv_buffer_size(socket, SOCKET_BUFFER);
-    let _ = rustix::net::sockopt::set_socket_send_buffer_size(socket, SOCKET_BUFFER);
+    static SAID: Once = Once::new();
+    // The kernel's limits hold for who may not set them.
+    if sockopt::set_socket_recv_buffer_size_force(socket, SOCKET_BUFFER).is_err() {
+        let _ = sockopt::set_socket_recv_buffer_size(socket, SOCKET_BUFFER);
+    }
+    let _ = sockopt::set_socket_send_buffer_size(socket, SOCKET_BUFFER);
+    let given = [sockopt::socket_recv_buffer_size(socket), sockopt::socket_send_buffer_size(socket)];
+    if let Some(advice) = buffer_advice(given.map(|g| g.unwrap_or_default())) {
+        SAID.call_once(|| tracing::warn!("{advice}"));
+    }
+}
+
+/// What to do about buffers of which the kernel gave much less than was asked for. It states twice what it gives.
+fn buffer_advice([receive, send]: [usize; 2]) -> Option<String> {
+    let short = |name: &'static str, stated: usize| (stated < SOCKET_BUFFER).then_some((name, stated / 2));
+    let short = [short("net.core.rmem_max", receive), short("net.core.wmem_max", send)];
+    let least = short.iter().flatten().map(|(_, given)| given).min()?;
+    let typed: Vec<String> = short.iter().flatten().map(|(name, _)| format!("{name}={SOCKET_BUFFER}")).collect();
+    Some(format!(
+        "the kernel gives UDP sockets {} KiB of the {} KiB asked for, which is slow on fast and on long links; type: sysctl -w {}",
+        least >> 10,
+        SOCKET_BUFFER >> 10,
+        typed.join(" ")
+    ))
 }
 
 /// quinn's tokio runtime, but always on the endpoint's own thread, whoever calls.
@@ -259,3 +304,7 @@ impl Runtime for OnThread {
         TokioRuntime.wrap_udp_socket(socket)
     }
 }
+
+#[cfg(test)]
+#[path = "endpoint_tests.rs"]
+mod tests;

@@ -12,6 +12,7 @@ use quinn::VarInt;
 
 use crate::endpoint::Endpoint;
 use crate::error::TransportError;
+use crate::tuning::Traffic;
 
 /// A connection. Every method that waits is cancel safe.
 #[async_trait]
@@ -26,6 +27,12 @@ pub trait Link: Send + Sync {
     async fn accept_blocks(&self) -> Result<Box<dyn ReceiveHalf>, TransportError>;
     /// So many bytes may be on their way to us and not read yet.
     fn allow(&self, bytes: u32);
+    /// So many bytes of ours may be on their way and not confirmed yet; kept until they are.
+    fn keep(&self, _bytes: u32) {}
+    /// What was carried so far; `None` where there is no network.
+    fn traffic(&self) -> Option<Traffic> {
+        None
+    }
     /// Ends it with a reason that the other side can show.
     fn close(&self, code: CloseCode, text: &str);
     /// Why it has ended; `None` while it has not.
@@ -92,6 +99,14 @@ impl Link for QuicLink {
     }
     fn allow(&self, bytes: u32) {
         self.connection.set_receive_window(VarInt::from_u32(bytes));
+    }
+    fn keep(&self, bytes: u32) {
+        self.connection.set_send_window(bytes.into());
+    }
+    fn traffic(&self) -> Option<Traffic> {
+        let stats = self.connection.stats();
+        let (received, sent) = (stats.udp_rx.bytes, stats.udp_tx.bytes);
+        Some(Traffic { round_trip: stats.path.rtt, received, sent })
     }
     fn close(&self, code: CloseCode, text: &str) {
         self.connection.close(VarInt::from_u32(code as u32), text.as_bytes());

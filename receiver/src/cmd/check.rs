@@ -22,6 +22,8 @@ struct Meant {
     memory: u64,
     segment_size: u64,
     max_sessions: usize,
+    congestion: &'static str,
+    segmentation_offload: bool,
 }
 
 /// Runs the command: the settings were read already.
@@ -35,16 +37,20 @@ pub fn run(ctx: &Context, out: &Output) -> Exit {
         memory: c.server.memory as u64,
         segment_size: c.server.segment_size as u64,
         max_sessions: c.server.max_sessions,
+        congestion: c.server.tuning.congestion.as_str(),
+        segmentation_offload: c.server.tuning.segmentation.is_offload(),
     };
     let text = format!(
-        "settings are right\nstore {}\nstate {}\nlisten {}\nadvertise {}\nmemory {}\nsegment_size {}\nmax_sessions {}",
+        "settings are right\nstore {}\nstate {}\nlisten {}\nadvertise {}\nmemory {}\nsegment_size {}\nmax_sessions {}\ncongestion {}\nsegmentation_offload {}",
         meant.store.as_deref().unwrap_or("(none)"),
         meant.state,
         meant.listen,
         meant.advertise.as_deref().unwrap_or("(none)"),
         text::bytes(meant.memory),
         text::bytes(meant.segment_size),
-        meant.max_sessions
+        meant.max_sessions,
+        meant.congestion,
+        meant.segmentation_offload
     );
     out.result("backhaul.config/1", &meant, &text);
     Exit::Done

@@ -18,6 +18,7 @@ use backhaul_transport::control;
 use backhaul_transport::endpoint::{Endpoint, IDLE_TIMEOUT, Serving, Windows};
 use backhaul_transport::link::QuicLink;
 use backhaul_transport::tls::{ReceiverTrust, client_config, server_config};
+use backhaul_transport::tuning::Tuning;
 use tokio::time::{Instant, sleep};
 
 use crate::site::{Attempt, RECEIVER, Site, refusal};
@@ -147,7 +148,8 @@ async fn a_receiver_that_says_nothing(site: &mut Site) {
     let greets = site.chance.happens(0.5);
     let authority = site.authority();
     let tls = server_config(&authority, authority.issue_receiver(clock::now()).expect("a certificate"));
-    let serving = Serving { tls: tls.expect("good"), windows: Windows::BLOCKS, reset_key: [1; 32] };
+    let serving =
+        Serving { tls: tls.expect("good"), windows: Windows::BLOCKS, reset_key: [1; 32], tuning: Tuning::default() };
     let endpoint = Endpoint::over(site.packets.bind(RECEIVER.into()), Some(serving)).expect("an endpoint");
     let silent = tokio::spawn(async move {
         let mut held = Vec::new();
