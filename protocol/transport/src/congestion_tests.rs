@@ -47,7 +47,15 @@ impl Line {
                 self.hear(flow);
             }
             // In turns, as packets of two senders come to one router.
-            while flows.iter_mut().fold(false, |sent, flow| self.send(flow) || sent) {}
+            loop {
+                let mut is_sent = false;
+                for flow in &mut *flows {
+                    is_sent |= self.send(flow);
+                }
+                if !is_sent {
+                    break;
+                }
+            }
         }
         flows.iter().zip(before).map(|(f, b)| (f.arrived - b) as f64 / time.as_secs_f64()).collect()
     }
@@ -81,7 +89,7 @@ impl Line {
         if fits {
             self.free_at = self.free_at.max(self.now) + Duration::from_secs_f64(PACKET as f64 / self.rate);
         }
-        let is_there = fits && self.loses.is_none_or(|n| self.packets % n != 0);
+        let is_there = fits && self.loses.is_none_or(|n| !self.packets.is_multiple_of(n));
         flow.under_way.push_back((self.free_at.max(self.now) + self.round_trip, self.now, flow.number, is_there));
         true
     }
