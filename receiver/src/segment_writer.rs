@@ -24,6 +24,9 @@ const PIECE: usize = 64 << 10;
 /// Segments of one session that are on their way to the store at once: one is sealed while another is written.
 const UPLOADS: usize = 2;
 
+/// Buffers of segments that are kept for the next ones.
+const SPARE: usize = 3;
+
 /// One session's share of the budget for indexes that it has not collected: one in so many. Arbitrary.
 const UNCOLLECTED_SHARE: usize = 8;
 
@@ -33,13 +36,32 @@ pub struct Budget {
     pieces: Arc<Semaphore>,
     total: usize,
     writers: Mutex<Vec<Weak<SegmentWriter>>>,
+    spare: Mutex<Spare>,
+}
+
+/// Memory of segments that were stored, for the next ones: fresh pages cost a tenth of what a receiver does in a first
+/// sync. It is beside the budget: [`SPARE`] buffers, here and lent, and none here where no round is under way.
+#[derive(Debug, Default)]
+struct Spare {
+    buffers: Vec<Vec<u8>>,
+    lent: usize,
+}
+
+/// A used buffer is somewhere.
+struct Lent(Arc<Budget>);
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        lock(&self.0.spare).lent -= 1;
+    }
 }
 
 impl Budget {
     /// So many bytes.
     pub fn new(bytes: usize) -> Arc<Self> {
         let total = (bytes / PIECE).max(1);
-        Arc::new(Self { pieces: Arc::new(Semaphore::new(total)), total, writers: Mutex::default() })
+        let pieces = Arc::new(Semaphore::new(total));
+        Arc::new(Self { pieces, total, writers: Mutex::default(), spare: Mutex::default() })
     }
 
     /// Bytes that are in use.
@@ -65,6 +87,23 @@ impl Budget {
             if let Ok(permit) = tokio::time::timeout(nap, wait.as_mut()).await {
                 return permit.expect("the budget is never closed");
             }
+        }
+    }
+
+    /// A segment's memory, used or new.
+    fn buffer(self: &Arc<Self>, capacity: usize) -> (Vec<u8>, Option<Lent>) {
+        let mut spare = lock(&self.spare);
+        let Some(used) = spare.buffers.pop() else { return (Vec::with_capacity(capacity), None) };
+        spare.lent += 1;
+        (used, Some(Lent(self.clone())))
+    }
+
+    /// Takes back the memory of a segment that was stored, if nobody has it any more.
+    fn give_back(&self, stored: Bytes) {
+        let Ok(bytes) = stored.try_into_mut() else { return };
+        let mut spare = lock(&self.spare);
+        if spare.buffers.len() + spare.lent < SPARE {
+            spare.buffers.push(bytes.into());
         }
     }
 
@@ -98,6 +137,8 @@ struct OpenSegment {
     builder: Option<SegmentBuilder>,
     /// As many pieces as the builder needs, and while records are added at most one more.
     permit: Option<OwnedSemaphorePermit>,
+    /// Its memory was used before.
+    lent: Option<Lent>,
 }
 
 impl OpenSegment {
@@ -142,6 +183,14 @@ pub struct SegmentWriter {
 impl std::fmt::Debug for SegmentWriter {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SegmentWriter").field("open", &self.open_size()).finish_non_exhaustive()
+    }
+}
+
+impl Drop for SegmentWriter {
+    fn drop(&mut self) {
+        if lock(&self.budget.writers).iter().all(|w| w.strong_count() == 0) {
+            lock(&self.budget.spare).buffers.clear();
+        }
     }
 }
 
@@ -219,8 +268,11 @@ impl SegmentWriter {
                     open.charge(rest);
                     full.push(whole);
                 }
-                let capacity = self.segment_size;
-                open.builder.get_or_insert_with(|| SegmentBuilder::with_capacity(capacity)).push(header, payload);
+                if open.builder.is_none() {
+                    let (buffer, lent) = self.budget.buffer(self.segment_size);
+                    (open.builder, open.lent) = (Some(SegmentBuilder::in_buffer(buffer)), lent);
+                }
+                open.builder.as_mut().expect("just begun").push(header, payload);
             }
             let size = open.size();
             drop(open.settle(size));
@@ -249,8 +301,8 @@ impl SegmentWriter {
         self.upload(open);
     }
 
-    fn upload(self: &Arc<Self>, segment: OpenSegment) {
-        let Some(builder) = segment.builder else { return };
+    fn upload(self: &Arc<Self>, mut segment: OpenSegment) {
+        let Some(builder) = segment.builder.take() else { return };
         let this = self.clone();
         let id = lock(&self.ids).take();
         lock(&self.uploads).spawn(async move {
@@ -258,12 +310,15 @@ impl SegmentWriter {
             let binding = this.binding;
             let sealed = threads::blocking(move || builder.seal(binding, id)).await;
             let key = this.keys.segment(id);
-            let mut result = this.store.put_new(&key, Bytes::from(sealed.bytes)).await;
+            let bytes = Bytes::from(sealed.bytes);
+            let mut result = this.store.put_new(&key, bytes.clone()).await;
+            drop(segment.lent.take());
+            this.budget.give_back(bytes);
             if planted(Mutant::SegmentFailureIgnored) {
                 result = Ok(());
             }
             // The index stays in memory until the draft takes it.
-            let mut segment = OpenSegment { builder: None, permit: segment.permit };
+            let mut segment = OpenSegment { builder: None, permit: segment.permit, lent: None };
             drop(segment.settle(sealed.index.len() * size_of::<VolumeEntry>()));
             match result {
                 Ok(()) => {

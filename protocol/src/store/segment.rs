@@ -121,7 +121,11 @@ pub struct Sealed {
 impl SegmentBuilder {
     /// An empty one; `capacity` bytes are set aside at once.
     pub fn with_capacity(capacity: usize) -> Self {
-        let mut bytes = Vec::with_capacity(capacity);
+        Self::in_buffer(Vec::with_capacity(capacity))
+    }
+    /// An empty one in memory that was used before.
+    pub fn in_buffer(mut bytes: Vec<u8>) -> Self {
+        bytes.clear();
         bytes.resize(RECORDS_START, 0);
         Self { bytes, index: Vec::new() }
     }
