@@ -13,6 +13,8 @@ use backhaul_transport::tuning::Tuning;
 use clap::Args;
 use serde::Deserialize;
 
+use crate::pipeline::pace::Compression;
+
 /// Where settings are looked for where none are named.
 pub const DEFAULT_FILE: &str = "/etc/backhaul/agent.toml";
 /// Where keys, protected volumes and indexes are kept where no other place is named.
@@ -21,8 +23,6 @@ pub const DEFAULT_STATE: &str = "/var/lib/backhaul/agent";
 pub const DEFAULT_EVERY: Duration = Duration::from_secs(15);
 /// What `every` may be: below, a round would not end before the next; above, nobody would notice that it stopped.
 pub const EVERY: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(7 * 86_400);
-/// Level 1: the levels below gain no speed worth their size, level 3 costs a third more time for 2 % (measured).
-pub const DEFAULT_LEVEL: i32 = 1;
 
 /// The settings file.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -36,8 +36,8 @@ pub struct Settings {
     pub every: Option<Span>,
     /// Threads that read, hash and compress.
     pub threads: Option<usize>,
-    /// zstd level.
-    pub compression: Option<i32>,
+    /// How hard blocks are compressed.
+    pub compression: Option<WordOrLevel>,
     /// Block size of volumes that are protected from now on.
     pub block_size: Option<Bytes>,
     /// What tells this machine from its clones.
@@ -46,6 +46,16 @@ pub struct Settings {
     pub congestion: Option<String>,
     /// Whether the kernel cuts what is sent into packets.
     pub segmentation_offload: Option<bool>,
+}
+
+/// `compression` as it is written.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged, expecting = "want \"auto\", \"fast\", \"none\" or a zstd level from -7 to 19")]
+pub enum WordOrLevel {
+    /// A zstd level.
+    Level(i32),
+    /// A word.
+    Word(String),
 }
 
 /// What differs between machines.
@@ -70,8 +80,8 @@ pub struct Config {
     pub every: Duration,
     /// Threads that read, hash and compress.
     pub threads: usize,
-    /// zstd level.
-    pub compression: i32,
+    /// How hard blocks are compressed.
+    pub compression: Compression,
     /// Block size of volumes that are protected from now on, bytes.
     pub block_size: u32,
     /// What tells this machine from its clones.
@@ -90,10 +100,11 @@ impl Config {
         if !(1..=256).contains(&threads) {
             return Err(wrong(format!("threads = {threads}: want from 1 to 256")));
         }
-        let compression = settings.compression.unwrap_or(DEFAULT_LEVEL);
-        if !(-7..=19).contains(&compression) {
-            return Err(wrong(format!("compression = {compression}: want from -7 to 19")));
-        }
+        let compression = match settings.compression {
+            None => Compression::default(),
+            Some(WordOrLevel::Word(word)) => word.parse().map_err(wrong)?,
+            Some(WordOrLevel::Level(level)) => Compression::level(level).map_err(wrong)?,
+        };
         let block_size = settings.block_size.map_or(u64::from(DEFAULT_BLOCK_SIZE), |b| b.0);
         let legal = u64::from(MIN_BLOCK_SIZE)..=u64::from(MAX_BLOCK_SIZE);
         if !block_size.is_power_of_two() || !legal.contains(&block_size) {

@@ -33,6 +33,7 @@ use tokio::time::Instant;
 
 use crate::capture::{Capture, Provider, Watching};
 use crate::connection::{Session, SessionError, unix_millis};
+use crate::pipeline::pace::{Compression, Pace};
 use crate::pipeline::scanner::{Job, ScanError, ScanShared, ScanVolume, Scanner};
 use crate::pipeline::sender::Sender;
 use crate::state::{Joined, LastPoint, PendingCommit, ProtectedVolume, StateDir, WriterState};
@@ -69,8 +70,8 @@ pub struct Round<'a> {
     pub provider: &'a dyn Provider,
     /// Threads that scan.
     pub threads: usize,
-    /// zstd level.
-    pub level: i32,
+    /// How hard blocks are compressed.
+    pub compression: Compression,
     /// When to commit.
     pub when: CommitWhen,
     /// Told of every byte that was looked at.
@@ -252,7 +253,7 @@ impl Round<'_> {
         let shared = Arc::new(ScanShared {
             capture: AtomicU64::new(first_capture.0),
             stop: AtomicBool::new(false),
-            level: self.level,
+            pace: Pace::new(self.compression, Some(session.link.clone())),
         });
         let pieces = sender.pieces.clone();
         let mut scanner = Scanner::start(self.threads, shared.clone(), pieces).map_err(RoundError::Threads)?;

@@ -31,6 +31,66 @@ fn what_does_not_compress_is_stored_raw() {
     assert_eq!(open(&encoded(10, &[7; 1])).err(), Some(RecordError::Bounds("payload length")));
 }
 
+fn random(seed: u64, len: usize) -> Vec<u8> {
+    let mut random = vec![0; len];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut random);
+    random
+}
+
+/// Payload bytes of such blocks, one after the other.
+fn sizes<'a>(encoder: &mut Encoder, blocks: impl IntoIterator<Item = &'a Vec<u8>>) -> Vec<usize> {
+    let size = |plain: &Vec<u8>| {
+        let mut out = Vec::new();
+        encoder.encode(VolumeSlot(3), BlockIndex(0), CaptureNumber(9), BlockDigest::of(plain), plain, &mut out);
+        assert_eq!(open(&out).as_ref(), Ok(plain));
+        out.len() - HEADER_LEN
+    };
+    blocks.into_iter().map(size).collect()
+}
+
+#[test]
+fn effort_changes_from_one_block_to_the_next() {
+    let plain: Vec<u8> = (0..65536u32).flat_map(|i| (i * i / 7 % 251).to_le_bytes()).take(65536).collect();
+    let mut encoder = Encoder::new(1).expect("zstd");
+    let mut with = |effort| {
+        encoder.set_effort(effort).expect("zstd");
+        sizes(&mut encoder, [&plain])[0]
+    };
+    let [none, fast, hard] = [Effort::None, Effort::Level(-7), Effort::Level(6)].map(&mut with);
+    assert!(none == 65536 && fast < none && hard < fast, "{none} {fast} {hard}");
+    assert_eq!([Effort::Level(-7), Effort::None, Effort::Level(6)].map(with), [fast, none, hard]);
+}
+
+/// Skipping what looks random must not cost a byte where something can be made smaller.
+#[test]
+fn among_random_blocks_what_can_be_smaller_is_made_smaller() {
+    // Text, numbers, one byte in twenty that is known, and random bytes that come again.
+    let text: Vec<u8> = random(1, 65536).iter().map(|b| b'a' + b % 26).collect();
+    let numbers: Vec<u8> = (0..8192u64).flat_map(|i| (1 << 40 | i * 37).to_le_bytes()).collect();
+    let mut sparse = random(2, 65536);
+    sparse.iter_mut().step_by(20).for_each(|b| *b = 0);
+    let compressible = [text, numbers, sparse];
+    let noise: Vec<Vec<u8>> = (10..18).map(|seed| random(seed, 65536)).collect();
+    for plain in &compressible {
+        let alone = sizes(&mut Encoder::new(1).expect("zstd"), [plain])[0];
+        let mut encoder = Encoder::new(1).expect("zstd");
+        let after = sizes(&mut encoder, noise.iter().chain([plain]));
+        assert!(after[..8].iter().all(|n| *n == 65536) && after[8] == alone && alone < 65536, "{after:?}, {alone}");
+    }
+    // What only comes again looks random: it is found when one is tried, and from then on.
+    let twice = random(3, 32768).repeat(2);
+    let many = vec![twice; 40];
+    let found = sizes(&mut Encoder::new(1).expect("zstd"), noise.iter().chain(&many));
+    assert!(found[8..].iter().filter(|n| **n > 40000).count() <= 16, "{found:?}");
+}
+
+#[test]
+fn random_bytes_look_random_and_nothing_else_does() {
+    assert!((0..200).all(|seed| looks_random(&random(seed, 65536))));
+    let coded: Vec<u8> = random(5, 65536).iter().map(|b| b & 0x7f).collect();
+    assert!(!looks_random(&coded) && !looks_random(&[7; 65536]) && !looks_random(&random(1, 1000)));
+}
+
 #[test]
 fn a_frame_that_grows_past_its_block_is_refused() {
     let bomb = frame(&vec![1; 1 << 28], |_| Ok(()));

@@ -10,6 +10,7 @@ use backhaul_agent::cmd::Context;
 use backhaul_agent::config::{Config, PlaceArgs};
 use backhaul_agent::connection::{Session, connect};
 use backhaul_agent::machine::machine_id;
+use backhaul_agent::pipeline::pace::Compression;
 use backhaul_agent::protect;
 use backhaul_agent::replicate::{CommitWhen, Round, RoundError, RoundReport};
 use backhaul_agent::state::StateDir;
@@ -152,7 +153,7 @@ impl Inside {
             volumes: &volumes,
             provider: &backhaul_agent::capture::Live,
             threads: 2,
-            level: 1,
+            compression: Compression::default(),
             when: CommitWhen::Always,
             progress: Self::quiet().progress(1).phase("scan", 1),
         };

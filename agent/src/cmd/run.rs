@@ -163,7 +163,7 @@ impl Service<'_> {
             volumes: &volumes,
             provider: &Live,
             threads: self.ctx.config.threads,
-            level: self.ctx.config.compression,
+            compression: self.ctx.config.compression,
             when: match self.last_label {
                 _ if due => CommitWhen::Always,
                 Some(label) => CommitWhen::ChangedOrBetterThan(label),

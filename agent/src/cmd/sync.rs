@@ -60,7 +60,7 @@ pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
             volumes: &volumes,
             provider: &Live,
             threads: ctx.config.threads,
-            level: ctx.config.compression,
+            compression: ctx.config.compression,
             when: CommitWhen::Always,
             progress: out.progress(1).phase("scan and send", total),
         };

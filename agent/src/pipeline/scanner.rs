@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use backhaul_protocol::digest::{BlockDigest, RangeDigest};
 use backhaul_protocol::geometry::{BlockIndex, Geometry, PageIndex};
@@ -18,6 +19,7 @@ use bytes::Bytes;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 
+use super::pace::Pace;
 use crate::tracker::hash_index::{HashIndex, IndexError};
 
 /// Records are handed to the sender in pieces of about this many bytes: a quarter of a stream's window. Arbitrary.
@@ -106,8 +108,8 @@ pub struct ScanShared {
     pub capture: AtomicU64,
     /// Set when the round is given up.
     pub stop: AtomicBool,
-    /// zstd level.
-    pub level: i32,
+    /// How hard to compress.
+    pub pace: Pace,
 }
 
 /// The other ends of the workers' queues.
@@ -161,19 +163,27 @@ fn work(
     records: &mpsc::Sender<Bytes>,
     shared: &ScanShared,
 ) {
-    let mut worker = match Worker::new(shared.level) {
+    let mut worker = match Worker::new() {
         Ok(worker) => worker,
         Err(e) => {
             let _ = done.blocking_send(Err(e));
             return;
         }
     };
-    let mut hand_on = |piece| records.blocking_send(piece).map_err(|_| ScanError::Stopped);
     loop {
         let job = queue.blocking_lock().blocking_recv();
         let Some(Job { volume, pages }) = job else { return };
+        let (began, mut waited) = (Instant::now(), Duration::ZERO);
+        let mut hand_on = |piece| {
+            let full = Instant::now();
+            let sent = records.blocking_send(piece).map_err(|_| ScanError::Stopped);
+            waited += full.elapsed();
+            sent
+        };
         let scan = |(page, held)| worker.scan(&volume, page, held, &mut hand_on, shared);
-        if done.blocking_send(pages.into_iter().map(scan).collect()).is_err() {
+        let scanned = pages.into_iter().map(scan).collect();
+        shared.pace.worked(began.elapsed().saturating_sub(waited), waited);
+        if done.blocking_send(scanned).is_err() {
             return;
         }
     }
@@ -186,7 +196,7 @@ async fn work_as_task(
     records: &mpsc::Sender<Bytes>,
     shared: &ScanShared,
 ) {
-    let mut worker = Worker::new(shared.level).expect("a simulation has memory");
+    let mut worker = Worker::new().expect("a simulation has memory");
     while let Some(Job { volume, pages }) = queue.recv().await {
         let mut scanned = Vec::new();
         for (page, held) in pages {
@@ -215,8 +225,9 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(level: i32) -> Result<Self, ScanError> {
-        let encoder = Encoder::new(level).map_err(ScanError::Compressor)?;
+    fn new() -> Result<Self, ScanError> {
+        // The level is set with each page.
+        let encoder = Encoder::new(1).map_err(ScanError::Compressor)?;
         Ok(Self { encoder, scanner: None, piece: Vec::with_capacity(PIECE * 2) })
     }
 
@@ -238,6 +249,7 @@ impl Worker {
             other => &mut other.insert((volume.slot, PageScanner::new(volume.geometry, volume.read_len))).1,
         };
         let (encoder, piece) = (&mut self.encoder, &mut self.piece);
+        encoder.set_effort(shared.pace.effort()).map_err(ScanError::Compressor)?;
         let mut sent = BlockSet::default();
         let mut count = 0;
         let found = scanner.scan::<ScanError>(&*volume.volume, volume.geometry, page, |block, digest, bytes| {

@@ -106,7 +106,7 @@ impl Link for QuicLink {
     fn traffic(&self) -> Option<Traffic> {
         let stats = self.connection.stats();
         let (received, sent) = (stats.udp_rx.bytes, stats.udp_tx.bytes);
-        Some(Traffic { round_trip: stats.path.rtt, received, sent })
+        Some(Traffic { round_trip: stats.path.rtt, received, sent, window: stats.path.cwnd })
     }
     fn close(&self, code: CloseCode, text: &str) {
         self.connection.close(VarInt::from_u32(code as u32), text.as_bytes());

@@ -81,7 +81,22 @@ pub struct Traffic {
     pub received: u64,
     /// Bytes that went, what was sent again included.
     pub sent: u64,
+    /// Bytes that congestion control lets be under way.
+    pub window: u64,
 }
+
+impl Traffic {
+    /// Whether the path took no more between an earlier look and this one, `elapsed` apart: what was under way filled
+    /// the window. Where one end or the other is too slow, less is.
+    pub fn filled_since(&self, earlier: &Self, elapsed: Duration) -> bool {
+        let rate = self.sent.saturating_sub(earlier.sent) as f64 / elapsed.as_secs_f64().max(1e-3);
+        rate * self.round_trip.as_secs_f64() > self.window as f64 * FILLED
+    }
+}
+
+/// Of the window. A path that is not full has some two thirds under way even if what is sent fills its line: the window
+/// is one and a half times that.
+const FILLED: f64 = 0.8;
 
 /// A lost packet is known after one round trip and there after two, and everything behind it waits: that takes three
 /// times what is under way.

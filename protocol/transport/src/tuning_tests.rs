@@ -60,6 +60,19 @@ fn a_queue_is_no_distance() {
     assert!(u64::from(wanted) < MIB, "{wanted}");
 }
 
+#[test]
+fn a_path_is_full_when_its_window_is() {
+    let (second, window) = (Duration::from_secs(1), 8 * MIB);
+    let look = |sent, round_trip| Traffic { round_trip: Duration::from_millis(round_trip), received: 0, sent, window };
+    let before = look(7 * MIB, 50);
+    // 160 MiB a second have 8 MiB under way in 50 ms.
+    assert!(look((7 + 160) * MIB, 50).filled_since(&before, second));
+    assert!(look((7 + 110) * MIB, 75).filled_since(&before, second), "a queue is under way too");
+    assert!(!look((7 + 110) * MIB, 50).filled_since(&before, second), "an end is too slow");
+    assert!(!look((7 + 1000) * MIB, 1).filled_since(&before, second), "a short path");
+    assert!(!before.filled_since(&before, Duration::ZERO), "nothing was sent");
+}
+
 /// A link that carries so much each time it is looked at.
 struct Far {
     looks: AtomicU64,
@@ -89,7 +102,7 @@ impl Link for Far {
     }
     fn traffic(&self) -> Option<Traffic> {
         let received = (self.looks.fetch_add(1, Ordering::Relaxed) + 1) * 16 * MIB;
-        Some(Traffic { round_trip: Duration::from_millis(100), received, sent: 0 })
+        Some(Traffic { round_trip: Duration::from_millis(100), received, sent: 0, window: 0 })
     }
     fn close(&self, _code: CloseCode, _text: &str) {}
     fn close_reason(&self) -> Option<TransportError> {

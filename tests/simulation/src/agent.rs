@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use backhaul_agent::connection::{Connected, Session, greet};
+use backhaul_agent::pipeline::pace::Compression;
 use backhaul_agent::replicate::{CommitWhen, Round, RoundError, RoundReport};
 use backhaul_agent::state::{Joined, ProtectedVolume, StateDir};
 use backhaul_cli::Output;
@@ -159,7 +160,7 @@ impl Node {
                 volumes: &volumes,
                 provider: &disks,
                 threads: 2,
-                level: 1,
+                compression: Compression::default(),
                 when,
                 progress,
             };

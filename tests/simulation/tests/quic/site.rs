@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use backhaul_agent::connection::{Connected, Session, SessionError, connect_from};
+use backhaul_agent::pipeline::pace::Compression;
 use backhaul_agent::replicate::{CommitWhen, Round, RoundError, RoundReport};
 use backhaul_agent::state::{Joined, ProtectedVolume, StateDir};
 use backhaul_cli::Output;
@@ -241,7 +242,7 @@ impl Site {
             volumes: std::slice::from_ref(&self.volume),
             provider: &self.disks,
             threads: 2,
-            level: 1,
+            compression: Compression::default(),
             when: CommitWhen::Always,
             progress: Output::new(false, true, |_| None).progress(1).phase("scan", 1),
         }
@@ -261,7 +262,7 @@ impl Site {
                 volumes: &volumes,
                 provider: &disks,
                 threads: 2,
-                level: 1,
+                compression: Compression::default(),
                 when: CommitWhen::Always,
                 progress: Output::new(false, true, |_| None).progress(1).phase("scan", 1),
             };
