@@ -12,6 +12,8 @@ use backhaul_transport::tuning::Grants;
 const SHARED: u32 = 32 << 20;
 /// A session gets one of so many parts of what is left: the first one all that a window may be.
 const PARTS: u32 = 4;
+/// What windows that grow leave for sessions that come: the next one still has half of what the first one began with.
+const RESERVE: u32 = SHARED / 2;
 /// The least: 4 MB/s at 64 ms.
 const LEAST: u32 = 256 << 10;
 
@@ -44,10 +46,10 @@ impl Credit {
         Window { credit: self.clone(), taken, lent: 0 }
     }
 
-    /// More for a session whose path is long. Half of what is left stays for others.
+    /// More for a session whose path is long: half of what is left above what stays for those who come.
     fn lend(&self, wanted: u32) -> u32 {
         let mut left = self.lock();
-        let more = (*left / 2).min(wanted);
+        let more = (left.saturating_sub(RESERVE) / 2).min(wanted);
         *left -= more;
         more
     }
@@ -124,10 +126,17 @@ mod tests {
         let credit = Credit::new();
         let mut first = credit.grant();
         assert_eq!(first.receive(1 << 20), None, "a short path asks for less than there is");
-        assert_eq!(first.receive(u32::MAX), Some(Windows::MOST.receive));
-        assert_eq!(first.receive(u32::MAX), None, "and no more than one may have");
+        let grown = first.receive(u32::MAX).expect("there is some left");
         let sent = first.send(u32::MAX).expect("there is some left");
-        assert!(Windows::BLOCKS.send < sent && sent <= Windows::MOST.send, "{sent}");
+        assert!(grown >= Windows::BLOCKS.receive * 3 / 2 && sent > Windows::BLOCKS.send, "{grown} {sent}");
+        // It asks again with every look.
+        while first.receive(u32::MAX).is_some() || first.send(u32::MAX).is_some() {}
+        assert!(first.bytes() <= Windows::MOST.receive && first.lent <= Windows::MOST.send, "{first:?}");
+        let mut second = credit.grant();
+        assert!(second.bytes() >= Windows::BLOCKS.receive / 2, "I14: {second:?}");
+        while second.receive(u32::MAX).is_some() {}
+        assert!(credit.grant().bytes() >= Windows::BLOCKS.receive / 4, "I14: the third one too");
+        drop(second);
         // Everybody asks for all, again and again.
         let mut many: Vec<Window> = (0..199).map(|_| credit.grant()).collect();
         for _ in 0..5 {

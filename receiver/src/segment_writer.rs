@@ -24,7 +24,8 @@ const PIECE: usize = 64 << 10;
 /// Segments of one session that are on their way to the store at once: one is sealed while another is written.
 const UPLOADS: usize = 2;
 
-/// Buffers of segments that are kept for the next ones.
+/// Buffers of segments that are used again, of all rounds: fresh pages cost a tenth of what a receiver does in a first
+/// sync. They are beside the budget while nothing is in them.
 const SPARE: usize = 3;
 
 /// One session's share of the budget for indexes that it has not collected: one in so many. Arbitrary.
@@ -36,24 +37,14 @@ pub struct Budget {
     pieces: Arc<Semaphore>,
     total: usize,
     writers: Mutex<Vec<Weak<SegmentWriter>>>,
-    spare: Mutex<Spare>,
+    spare: Arc<Semaphore>,
 }
 
-/// Memory of segments that were stored, for the next ones: fresh pages cost a tenth of what a receiver does in a first
-/// sync. It is beside the budget: [`SPARE`] buffers, here and lent, and none here where no round is under way.
-#[derive(Debug, Default)]
-struct Spare {
-    buffers: Vec<Vec<u8>>,
-    lent: usize,
-}
-
-/// A used buffer is somewhere.
-struct Lent(Arc<Budget>);
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        lock(&self.0.spare).lent -= 1;
-    }
+/// Memory of a segment. Used memory has a place among those that are kept.
+#[derive(Default)]
+struct Buffer {
+    bytes: Vec<u8>,
+    place: Option<OwnedSemaphorePermit>,
 }
 
 impl Budget {
@@ -61,7 +52,7 @@ impl Budget {
     pub fn new(bytes: usize) -> Arc<Self> {
         let total = (bytes / PIECE).max(1);
         let pieces = Arc::new(Semaphore::new(total));
-        Arc::new(Self { pieces, total, writers: Mutex::default(), spare: Mutex::default() })
+        Arc::new(Self { pieces, total, writers: Mutex::default(), spare: Arc::new(Semaphore::new(SPARE)) })
     }
 
     /// Bytes that are in use.
@@ -87,23 +78,6 @@ impl Budget {
             if let Ok(permit) = tokio::time::timeout(nap, wait.as_mut()).await {
                 return permit.expect("the budget is never closed");
             }
-        }
-    }
-
-    /// A segment's memory, used or new.
-    fn buffer(self: &Arc<Self>, capacity: usize) -> (Vec<u8>, Option<Lent>) {
-        let mut spare = lock(&self.spare);
-        let Some(used) = spare.buffers.pop() else { return (Vec::with_capacity(capacity), None) };
-        spare.lent += 1;
-        (used, Some(Lent(self.clone())))
-    }
-
-    /// Takes back the memory of a segment that was stored, if nobody has it any more.
-    fn give_back(&self, stored: Bytes) {
-        let Ok(bytes) = stored.try_into_mut() else { return };
-        let mut spare = lock(&self.spare);
-        if spare.buffers.len() + spare.lent < SPARE {
-            spare.buffers.push(bytes.into());
         }
     }
 
@@ -137,8 +111,8 @@ struct OpenSegment {
     builder: Option<SegmentBuilder>,
     /// As many pieces as the builder needs, and while records are added at most one more.
     permit: Option<OwnedSemaphorePermit>,
-    /// Its memory was used before.
-    lent: Option<Lent>,
+    /// The place of its memory, if that was used before.
+    place: Option<OwnedSemaphorePermit>,
 }
 
 impl OpenSegment {
@@ -173,6 +147,7 @@ pub struct SegmentWriter {
     budget: Arc<Budget>,
     open: Mutex<OpenSegment>,
     slots: Arc<Semaphore>,
+    spare: Mutex<Vec<Buffer>>,
     uploads: Mutex<JoinSet<Result<Uploaded, StoreError>>>,
     finished: AsyncMutex<()>,
     /// Pieces that indexes take which nobody collected yet, and who is told when some are.
@@ -183,14 +158,6 @@ pub struct SegmentWriter {
 impl std::fmt::Debug for SegmentWriter {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SegmentWriter").field("open", &self.open_size()).finish_non_exhaustive()
-    }
-}
-
-impl Drop for SegmentWriter {
-    fn drop(&mut self) {
-        if lock(&self.budget.writers).iter().all(|w| w.strong_count() == 0) {
-            lock(&self.budget.spare).buffers.clear();
-        }
     }
 }
 
@@ -230,6 +197,7 @@ impl SegmentWriter {
             budget: budget.clone(),
             open: Mutex::default(),
             slots: Arc::new(Semaphore::new(UPLOADS)),
+            spare: Mutex::default(),
             uploads: Mutex::default(),
             finished: AsyncMutex::new(()),
             uncollected: AtomicUsize::new(0),
@@ -269,8 +237,8 @@ impl SegmentWriter {
                     full.push(whole);
                 }
                 if open.builder.is_none() {
-                    let (buffer, lent) = self.budget.buffer(self.segment_size);
-                    (open.builder, open.lent) = (Some(SegmentBuilder::in_buffer(buffer)), lent);
+                    let Buffer { bytes, place } = self.buffer();
+                    (open.builder, open.place) = (Some(SegmentBuilder::in_buffer(bytes)), place);
                 }
                 open.builder.as_mut().expect("just begun").push(header, payload);
             }
@@ -280,6 +248,20 @@ impl SegmentWriter {
         drop(slot);
         for segment in full {
             self.upload(segment);
+        }
+    }
+
+    /// Memory for a segment, used or new.
+    fn buffer(&self) -> Buffer {
+        let new = || Buffer { bytes: Vec::with_capacity(self.segment_size), place: None };
+        lock(&self.spare).pop().unwrap_or_else(new)
+    }
+
+    /// Keeps the memory of a segment that was stored, if nobody else has it any more and there is a place.
+    fn keep(&self, stored: Bytes, place: Option<OwnedSemaphorePermit>) {
+        let place = place.or_else(|| self.budget.spare.clone().try_acquire_owned().ok());
+        if let (Some(_), Ok(bytes)) = (&place, stored.try_into_mut()) {
+            lock(&self.spare).push(Buffer { bytes: bytes.into(), place });
         }
     }
 
@@ -312,13 +294,12 @@ impl SegmentWriter {
             let key = this.keys.segment(id);
             let bytes = Bytes::from(sealed.bytes);
             let mut result = this.store.put_new(&key, bytes.clone()).await;
-            drop(segment.lent.take());
-            this.budget.give_back(bytes);
+            this.keep(bytes, segment.place.take());
             if planted(Mutant::SegmentFailureIgnored) {
                 result = Ok(());
             }
             // The index stays in memory until the draft takes it.
-            let mut segment = OpenSegment { builder: None, permit: segment.permit, lent: None };
+            let mut segment = OpenSegment { builder: None, permit: segment.permit, place: None };
             drop(segment.settle(sealed.index.len() * size_of::<VolumeEntry>()));
             match result {
                 Ok(()) => {

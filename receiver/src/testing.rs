@@ -202,8 +202,12 @@ impl TestGroup {
                 }
                 capture = CaptureNumber(capture.0 + 1);
                 let header = split_record(&record).expect("own").expect("whole").header;
-                round.ingest.writer().push(&record, &[(header, 0)]).await;
-                // As a session does it now and then: what is stored and not taken is charged to the budget.
+                let records = [(header, 0)];
+                let mut push = std::pin::pin!(round.ingest.writer().push(&record, &records));
+                // As a session does it now and then: who pushes may wait for it.
+                while tokio::time::timeout(Duration::from_millis(20), &mut push).await.is_err() {
+                    round.absorb(&mut self.state).await.expect("stored");
+                }
                 if i % 16 == 0 {
                     round.absorb(&mut self.state).await.expect("stored");
                 }

@@ -27,8 +27,8 @@ use crate::tuning::{Congestion, Tuning};
 /// carries, stay under 64 KiB; more hangs (measured at 8972).
 const MAX_PACKET: u16 = 6500;
 /// Credit of one stream. With the smallest packets of 1,200 bytes this is 1,748 of them: even if each second one is
-/// lost, which happens where a queue overflows, there are fewer gaps than the 1,024 at which quinn closes a connection.
-/// Memory is bounded by the window of the connection.
+/// lost, which happens where a queue overflows, quinn holds fewer pieces than the 2,048 at which it tidies up, and closes
+/// a connection where more than 1,024 are left. Memory is bounded by the window of the connection.
 const STREAM_WINDOW: u32 = 2 << 20;
 /// Block streams that an agent may have open at once. A receiver holds one record of each, of up to 1 MiB, beside its
 /// budget.
