@@ -268,7 +268,7 @@ impl Round<'_> {
             if feeder.is_done() {
                 jobs = None;
             }
-            let ready = feeder.ready();
+            let ready = feeder.ready(sum.pages());
             tokio::select! {
                 biased;
                 error = sender.failed() => return Err(SessionError::from(error).into()),

@@ -7,6 +7,7 @@ mod devices;
 mod hostile;
 mod identity;
 mod index;
+mod large_volume;
 mod log;
 mod overload;
 mod replicate;

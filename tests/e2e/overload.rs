@@ -7,6 +7,7 @@ use backhaul_protocol::geometry::{BlockIndex, Geometry};
 use backhaul_protocol::ids::{CaptureNumber, VolumeId, VolumeSlot};
 use backhaul_protocol::record::{Encoding, RecordBody, RecordHeader};
 use backhaul_protocol::wire::message::{AgentMessage, CloseCode, OpenRead, PointSpec, ReceiverMessage};
+use backhaul_tests::memory::resident;
 use backhaul_tests::peer::{As, Connection, Control, Target, target, target_with};
 use backhaul_transport::endpoint::Endpoint;
 use backhaul_transport::error::TransportError;
@@ -14,13 +15,6 @@ use backhaul_transport::error::TransportError;
 use crate::hostile::{empty_commit, refused};
 
 const ENDS: Duration = Duration::from_secs(30);
-
-/// Bytes of memory that a process has.
-fn resident(pid: rustix::process::Pid) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).expect("it runs");
-    let line = text.lines().find(|l| l.starts_with("VmRSS:")).expect("a process has memory");
-    line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).expect("a number") * 1024
-}
 
 /// Strangers that connect and say nothing, more than there is room for: some are refused, memory stays, and the agent
 /// works on beside them.

@@ -2,16 +2,16 @@
 //! (I12, I14, I24). A bucket that ignores conditions is found out by `init` and takes one receiver (I4).
 
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use backhaul_tests::faults::{HttpFault, Rule};
 use backhaul_tests::fixture::Serving;
+use backhaul_tests::memory::Sampler;
 use backhaul_tests::process::{Child, program, run, until};
 use backhaul_tests::s3::{Conditional, TestS3};
 use backhaul_tests::{Agent, Fixture, Random, image};
-use rustix::process::Pid;
 
 const MIB: u64 = 1 << 20;
 const AGENTS: usize = 50;
@@ -22,42 +22,6 @@ const VOLUME: u64 = 24 * MIB;
 const STALLED: Duration = Duration::from_secs(25);
 /// I14, counted from when the store is well again.
 const RECOVERED: Duration = Duration::from_secs(60);
-
-fn resident(pid: Pid) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap_or_default();
-    let line = text.lines().find(|l| l.starts_with("VmRSS:")).unwrap_or("VmRSS: 0 kB");
-    line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0) * 1024
-}
-
-/// Looks at the memory of a process until it is dropped.
-struct Sampler {
-    stop: Arc<AtomicBool>,
-    seen: Arc<Mutex<Vec<(Duration, u64)>>>,
-}
-
-impl Sampler {
-    fn start(pid: Pid) -> Self {
-        let sampler = Self { stop: Arc::default(), seen: Arc::default() };
-        let (stop, seen, begun) = (sampler.stop.clone(), sampler.seen.clone(), Instant::now());
-        std::thread::spawn(move || {
-            while !stop.load(Ordering::Relaxed) {
-                seen.lock().expect("nobody panics with it").push((begun.elapsed(), resident(pid)));
-                std::thread::sleep(Duration::from_millis(200));
-            }
-        });
-        sampler
-    }
-
-    fn seen(&self) -> Vec<(Duration, u64)> {
-        self.seen.lock().expect("nobody panics with it").clone()
-    }
-}
-
-impl Drop for Sampler {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-}
 
 /// Agents of a group each, all with the same image, joined and not running.
 fn many_agents(f: &Fixture, serving: &Serving) -> Vec<Agent> {

@@ -11,6 +11,7 @@ pub mod faults;
 pub mod fixture;
 pub mod image;
 pub mod inside;
+pub mod memory;
 pub mod network;
 pub mod noting;
 pub mod peer;

@@ -42,6 +42,10 @@ pub(super) struct Feeder<'a> {
     next: (usize, u64),
     /// Pages in order; those without an answer yet are `None`.
     window: VecDeque<(usize, PageIndex, Option<HeldPage>)>,
+    /// Pages that were given.
+    given: u64,
+    /// How many of them may be out: what is found of each is kept, 32 KiB, until all before it are done.
+    most: u64,
 }
 
 impl<'a> Feeder<'a> {
@@ -49,7 +53,9 @@ impl<'a> Feeder<'a> {
         let pages: u64 = planned.iter().map(|p| p.scan.geometry.pages()).sum();
         // Small volumes page by page, so that all threads have work to the end.
         let batch = (pages / (threads as u64 * 32)).clamp(1, QUESTIONS as u64) as usize;
-        Self { planned, batch, next: (0, 0), window: VecDeque::new() }
+        // As many as threads have, as many that wait for a thread, and as many that wait for the slowest one.
+        let most = (threads * batch * 3 + QUESTIONS) as u64;
+        Self { planned, batch, next: (0, 0), window: VecDeque::new(), given: 0, most }
     }
 
     pub(super) fn ask(&mut self, session: &mut Session) {
@@ -84,8 +90,10 @@ impl<'a> Feeder<'a> {
         Ok(())
     }
 
-    pub(super) fn ready(&self) -> bool {
-        self.window.front().is_some_and(|(_, _, held)| held.is_some())
+    /// Whether there is a page to give, `done` of those that were given being done with. Where one thread sends a page
+    /// full of data, others would run ahead over terabytes of nothing.
+    pub(super) fn ready(&self, done: u64) -> bool {
+        self.given - done < self.most && self.window.front().is_some_and(|(_, _, held)| held.is_some())
     }
 
     /// The next pages that are known, of one volume.
@@ -97,6 +105,7 @@ impl<'a> Feeder<'a> {
             let (_, page, held) = self.window.pop_front()?;
             pages.push((page, held?));
         }
+        self.given += pages.len() as u64;
         Some(Job { volume: self.planned[volume].scan.clone(), pages })
     }
 

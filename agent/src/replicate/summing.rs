@@ -27,6 +27,7 @@ pub(super) struct Summing<'a> {
     next: (usize, u64),
     begun: bool,
     early: BTreeMap<(VolumeSlot, PageIndex), Scanned>,
+    pages: u64,
     records: u64,
     bytes_scanned: u64,
     progress: Phase,
@@ -40,6 +41,7 @@ impl<'a> Summing<'a> {
             next: (0, 0),
             begun: false,
             early: BTreeMap::new(),
+            pages: 0,
             records: 0,
             bytes_scanned: 0,
             progress,
@@ -56,6 +58,7 @@ impl<'a> Summing<'a> {
             let page = PageIndex(self.next.1);
             let Some(s) = self.early.remove(&(volume.opened.slot, page)) else { return };
             self.digester.push_range(page, s.range, &s.digests, &s.draft, &s.sent);
+            self.pages += 1;
             self.records += s.records;
             self.bytes_scanned += s.bytes_read;
             self.progress.add(volume.scan.geometry.page_len(page));
@@ -65,6 +68,11 @@ impl<'a> Summing<'a> {
                 self.begun = false;
             }
         }
+    }
+
+    /// Pages that are added up, and of which nothing is kept any more.
+    pub(super) fn pages(&self) -> u64 {
+        self.pages
     }
 
     pub(super) fn is_complete(&self) -> bool {
