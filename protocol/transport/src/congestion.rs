@@ -8,6 +8,10 @@
 //! window is what that rate has under way in one and a half of the shortest round trips. A path that has room answers
 //! with a higher rate, and the window follows; one that has none answers with a queue of half a round trip. A round that
 //! loses more than lines do by themselves lowers what may be under way, whatever the rate.
+//!
+//! quinn tells losses after the end of the acknowledgements that showed them: they count for the round that begins then.
+//! It takes a packet for lost that three newer ones overtook; a path that mixes packets more than that looks like one
+//! that overflows.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -17,10 +21,13 @@ use std::time::{Duration, Instant};
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::RttEstimator;
 
-/// What is begun with, as quinn's BBR: 200 of the smallest packets.
+/// What is begun with, as quinn's BBR: 200 of the smallest packets. Only until a rate is known.
 const INITIAL_WINDOW: u64 = 200 * 1200;
 /// Never less: else a lost packet is only noticed by a timeout.
 const LEAST_PACKETS: u64 = 8;
+/// A round that brought fewer says nothing: neither how fast the path is nor that a queue grows. Half of the least
+/// window, so that a full round of that always counts.
+const FEW_PACKETS: u64 = LEAST_PACKETS / 2;
 /// Rounds whose best rate counts. A rate that is no more is forgotten after as many.
 const ROUNDS: usize = 8;
 /// Of the shortest round trip: half a round trip may wait in the queue. With twice, as in BBR, two flows overflow a
@@ -38,10 +45,21 @@ const FULL: u32 = 3;
 const OVERFLOW: f64 = 0.04;
 /// What is left of what arrived in a round that overflowed.
 const BACK_OFF: f64 = 0.85;
+/// Not less than this is left of the window: losses are noticed a round later than what arrived, and a pause of the
+/// line has a round that brought nothing and lost everything. As CUBIC (RFC 9438, 4.6).
+const LEAST_LEFT: f64 = 0.7;
+/// A round with this many lost packets or fewer did not overflow: small windows lose one of ten by chance.
+const CHANCE_PACKETS: u64 = 4;
+/// Of the shortest round trip: nothing waited. As much as clocks and schedulers make of it; the more, the less equal two
+/// flows over a short queue (simulated).
+const ROOM: f64 = 1.1;
 /// The shortest round trip is looked for again after this long: with little under way, or our own queue is measured.
 const DISTANCE_LIFE: Duration = Duration::from_secs(10);
 /// Looking takes this long, or one round trip.
 const LOOK: Duration = Duration::from_millis(200);
+/// Also looked for when the rate fell this far below that of the round in which a queue appeared which has not gone
+/// since: a path that became longer looks like that. Arbitrary; the rate of a path that is full varies less.
+const FALLEN: f64 = 0.75;
 
 /// Makes one for each path.
 #[derive(Debug, Default)]
@@ -60,8 +78,8 @@ enum Phase {
     Startup(u32),
     /// The window follows the rate.
     Steady,
-    /// Little is under way until then, so that queues empty and the distance shows.
-    Looking(Instant),
+    /// Little is under way until then, so that queues empty and the distance shows to what is sent meanwhile.
+    Looking { since: Instant, until: Instant },
 }
 
 /// The state of one path.
@@ -77,8 +95,12 @@ pub struct Bbr {
     distance: Option<(Duration, Instant)>,
     /// While looking.
     looked: Duration,
+    /// The best rate when a queue appeared that has not gone since.
+    queued_at: Option<f64>,
     /// No more may be under way: a queue overflowed.
     limit: Option<u64>,
+    /// Rounds in a row without overflow in which nothing waited.
+    calm: u64,
     round: Round,
     largest_sent: u64,
 }
@@ -114,7 +136,9 @@ impl Bbr {
             outgrown: 0.0,
             distance: None,
             looked: Duration::MAX,
+            queued_at: None,
             limit: None,
+            calm: 0,
             round: Round::new(now, 0),
             largest_sent: 0,
         }
@@ -136,7 +160,7 @@ impl Bbr {
         self.round.acked += bytes;
         self.round.is_idle |= is_idle;
         self.round.shortest = self.round.shortest.min(round_trip);
-        if matches!(self.phase, Phase::Looking(_)) {
+        if matches!(self.phase, Phase::Looking { since, .. } if sent >= since) {
             self.looked = self.looked.min(round_trip);
         }
         if self.distance.is_none_or(|(distance, _)| round_trip <= distance) {
@@ -144,45 +168,66 @@ impl Bbr {
         }
     }
 
+    /// Every packet of the round waited longer than this controller lets them wait.
+    fn has_queue(&self) -> bool {
+        self.round.acked >= FEW_PACKETS * self.packet
+            && self.distance.is_some_and(|(distance, _)| self.round.shortest > distance.mul_f64(GAIN) + SLACK)
+    }
+
+    /// Startup does not wait for the end of a round that takes twice as long as it should: on a slow line that end is
+    /// as far away as all that was sent.
+    fn is_startup_late(&self, now: Instant) -> bool {
+        let is_late = self.distance.is_some_and(|(distance, _)| now > self.round.began + distance * 2 + SLACK);
+        matches!(self.phase, Phase::Startup(_)) && is_late && self.round.acked >= FEW_PACKETS * self.packet
+    }
+
     fn end_round(&mut self, now: Instant) {
+        let has_queue = self.has_queue();
         let round = std::mem::replace(&mut self.round, Round::new(now, self.largest_sent));
+        let is_few = round.acked < FEW_PACKETS * self.packet;
         let rate = round.acked as f64 / (now - round.began).as_secs_f64().max(1e-6);
-        // A round that had little to send says nothing about the path, unless that little was more than before.
-        if !round.is_idle || rate > self.rate() {
+        // A round that had little to send says nothing about the path, unless that little was more than before, or
+        // already too much: who is held by the send window is idle in every round.
+        let counts = !round.is_idle || has_queue || rate > self.rate();
+        if counts && !is_few && !matches!(self.phase, Phase::Looking { .. }) {
             if self.rates.len() == ROUNDS {
                 self.rates.pop_front();
             }
             self.rates.push_back(rate);
         }
-        let sent = (round.acked + round.lost).max(1);
-        let is_overflow = round.is_marked || round.lost as f64 > sent as f64 * OVERFLOW && round.lost > 4 * self.packet;
+        self.queued_at = has_queue.then(|| self.queued_at.unwrap_or(self.rate()));
+        let is_much = round.lost as f64 > (round.acked + round.lost) as f64 * OVERFLOW;
+        let is_overflow = round.is_marked && !is_few || is_much && round.lost > CHANCE_PACKETS * self.packet;
+        let has_room = self.distance.is_some_and(|(distance, _)| round.shortest < distance.mul_f64(ROOM));
+        self.calm = if has_room && !is_overflow { self.calm + 1 } else { 0 };
+        let enough = self.under_way(GAIN);
         if let Phase::Startup(rounds) = self.phase {
-            self.limit = self.limit.filter(|_| is_overflow).or(self.limit.map(|limit| limit * 2));
-            self.end_startup_round(&round, rounds, is_overflow);
+            self.limit = self.limit.map(|limit| if is_overflow { limit } else { limit * 2 });
+            self.end_startup_round(round.is_idle, rounds, has_queue || is_overflow);
         } else if is_overflow {
-            let before = self.limit.unwrap_or(u64::MAX);
-            self.limit = Some(before.min((round.acked as f64 * BACK_OFF) as u64).max(LEAST_PACKETS * self.packet));
+            let before = self.limit.unwrap_or(u64::MAX).min(enough.unwrap_or(INITIAL_WINDOW)) as f64;
+            let left = (round.acked as f64 * BACK_OFF).max(before * LEAST_LEFT).min(before);
+            self.limit = Some((left as u64).max(LEAST_PACKETS * self.packet));
         } else if let Some(limit) = &mut self.limit {
-            // Half of what TCP would add, or a hundredth: nobody is alone for long.
-            *limit += (self.packet / 2).max(*limit / 100);
+            // Half of what TCP would add, or a hundredth: nobody is alone for long, and flows that share become equal.
+            // When nothing waited for long the overflow was of another time: one hundredth more in each round.
+            let hundredths = 1 + self.calm.saturating_sub(ROUNDS as u64);
+            *limit += (self.packet / 2).max(*limit * hundredths / 100);
         }
-        if self.under_way(GAIN).is_some_and(|enough| self.limit > Some(enough)) {
+        if enough.is_some_and(|enough| self.limit > Some(enough)) {
             self.limit = None;
         }
     }
 
-    fn end_startup_round(&mut self, round: &Round, without_growth: u32, is_overflow: bool) {
+    fn end_startup_round(&mut self, is_idle: bool, without_growth: u32, is_full: bool) {
         let rate = self.rate();
-        let has_queue = self.distance.is_some_and(|(distance, _)| {
-            round.shortest < Duration::MAX && round.shortest > distance.mul_f64(GAIN) + SLACK
-        });
         if rate >= self.outgrown * GROWTH {
             self.outgrown = rate;
             self.phase = Phase::Startup(0);
-        } else if !round.is_idle {
+        } else if !is_idle {
             self.phase = Phase::Startup(without_growth + 1);
         }
-        if has_queue || is_overflow || self.phase == Phase::Startup(FULL) {
+        if is_full || self.phase == Phase::Startup(FULL) {
             self.phase = Phase::Steady;
         }
     }
@@ -190,17 +235,17 @@ impl Bbr {
     /// Looks for the shortest round trip now and then.
     fn look(&mut self, now: Instant) {
         let Some((distance, seen)) = self.distance else { return };
+        let is_starved = self.queued_at.is_some_and(|rate| self.rate() < rate * FALLEN);
         match self.phase {
-            Phase::Looking(until) if now >= until => {
-                if self.looked < Duration::MAX {
-                    self.distance = Some((self.looked, now));
-                }
+            Phase::Looking { until, .. } if now >= until && self.looked < Duration::MAX => {
+                self.distance = Some((self.looked, now));
+                self.queued_at = None;
                 self.phase = Phase::Steady;
             }
-            Phase::Steady if now.saturating_duration_since(seen) > DISTANCE_LIFE => {
+            Phase::Steady if is_starved || now.saturating_duration_since(seen) > DISTANCE_LIFE => {
                 self.looked = Duration::MAX;
                 // What is under way must be gone first.
-                self.phase = Phase::Looking(now + LOOK + distance.mul_f64(2.0));
+                self.phase = Phase::Looking { since: now, until: now + LOOK + distance.mul_f64(2.0) };
             }
             _ => {}
         }
@@ -218,7 +263,8 @@ impl Controller for Bbr {
 
     fn on_end_acks(&mut self, now: Instant, _in_flight: u64, app_limited: bool, largest_acked: Option<u64>) {
         self.round.is_idle |= app_limited;
-        if largest_acked.is_some_and(|largest| largest > self.round.ends_with) && self.round.acked > 0 {
+        let is_over = largest_acked.is_some_and(|largest| largest > self.round.ends_with) && self.round.acked > 0;
+        if is_over || self.is_startup_late(now) {
             self.end_round(now);
         }
         self.look(now);
@@ -241,10 +287,14 @@ impl Controller for Bbr {
 
     fn window(&self) -> u64 {
         let wanted = match self.phase {
-            Phase::Startup(_) => self.under_way(STARTUP_GAIN).unwrap_or(0).max(INITIAL_WINDOW),
-            Phase::Steady => self.under_way(GAIN).unwrap_or(INITIAL_WINDOW),
-            Phase::Looking(_) => self.under_way(0.5).unwrap_or(INITIAL_WINDOW),
+            Phase::Startup(_) => self.under_way(STARTUP_GAIN),
+            Phase::Steady => self.under_way(GAIN),
+            // Half of what the path itself holds, of the newest rate: the best may be from before the path was full.
+            Phase::Looking { .. } => {
+                self.rates.back().zip(self.distance).map(|(rate, (d, _))| (rate * d.as_secs_f64() / 2.0) as u64)
+            }
         };
+        let wanted = wanted.unwrap_or(INITIAL_WINDOW);
         wanted.min(self.limit.unwrap_or(u64::MAX)).max(LEAST_PACKETS * self.packet)
     }
 
