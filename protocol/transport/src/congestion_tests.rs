@@ -298,19 +298,48 @@ fn a_pause_of_the_line_is_forgotten() {
     }
 }
 
-/// As many packets as there were may be lost again and again: begin with few, but not for longer than it takes.
+/// What was known is of another time: begin with few, and grow by what arrives.
 #[test]
 fn after_persistent_congestion_it_begins_small() {
     let mut line = slow();
     let mut flow = line.flow();
     line.run_one(&mut flow, ms(5000));
+    (line.rate, line.queue) = (line.rate / 20.0, line.queue / 20.0);
+    line.run_one(&mut flow, ms(1000));
     flow.controller.on_congestion_event(line.now, line.now, true, PACKET);
     assert_eq!(flow.controller.window(), LEAST_PACKETS * PACKET);
-    // What is still under way ends the first round.
-    line.run_one(&mut flow, ms(90));
-    assert!(flow.controller.window() < INITIAL_WINDOW, "{}", flow.controller.window());
+    // Never much more than fits: 12.5 KB.
+    for _ in 0..100 {
+        line.run_one(&mut flow, ms(10));
+        assert!(flow.controller.window() < INITIAL_WINDOW / 3, "{}", flow.controller.window());
+    }
     line.run_one(&mut flow, ms(1500));
     assert!(line.run_one(&mut flow, ms(1000)) > 0.9);
+}
+
+#[test]
+fn what_is_begun_with_counts_until_a_rate_is_known() {
+    let mut line = Line::new(0.25e6, ms(50), DEEP);
+    let mut flow = line.flow();
+    for _ in 0..3000 {
+        line.run_one(&mut flow, ms(1));
+        let (rate, window) = (flow.controller.rate(), flow.controller.window());
+        assert!(if rate > 0.0 { window < INITIAL_WINDOW / 2 } else { window == INITIAL_WINDOW }, "{window} for {rate}");
+    }
+}
+
+#[test]
+fn looking_for_the_distance_forgets_no_rate() {
+    let mut line = Line::new(20e6, ms(10), 1.0);
+    let mut flow = line.flow();
+    line.run_one(&mut flow, ms(1000));
+    let mut looked = 0;
+    for _ in 0..12_000 {
+        line.run_one(&mut flow, ms(1));
+        looked += u32::from(matches!(flow.controller.phase, Phase::Looking { .. }));
+        assert!(flow.controller.rate() > 0.9 * line.rate, "{} after {looked} ms", flow.controller.rate());
+    }
+    assert!(looked > 100 && looked < 500, "{looked} ms");
 }
 
 #[test]
@@ -361,7 +390,7 @@ fn near_and_far_fast_and_slow() {
     // Bytes a second, round trip, queue in round trips; filled from when on, and then no longer a round trip than.
     for (rate, round_trip, queue, from, longest) in [
         (5e6, 2, DEEP, 500, 12),
-        (5e6, 600, 1.0, 6000, 1000),
+        (5e6, 600, 1.0, 8000, 1000),
         (50e6, 150, 1.0, 2000, 240),
         // 64 kbit/s: what is begun with waits for half a minute, but only once.
         (8e3, 300, DEEP, 42_000, 2500),
@@ -370,6 +399,7 @@ fn near_and_far_fast_and_slow() {
         let mut line = Line::new(rate, ms(round_trip), queue);
         let mut flow = line.flow();
         line.run_one(&mut flow, ms(from));
+        assert!(flow.round_trip < ms(longest), "{:?} at first for {rate} B/s, {round_trip} ms", flow.round_trip);
         // Long enough that the distance is looked for again and again.
         let had = line.run_one(&mut flow, ms(if rate > 10e6 { 12_000 } else { 60_000 }));
         assert!(had > 0.9, "{had} of {rate} B/s, {round_trip} ms");
