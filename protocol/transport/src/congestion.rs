@@ -9,9 +9,9 @@
 //! with a higher rate, and the window follows; one that has none answers with a queue of half a round trip. A round that
 //! loses more than lines do by themselves lowers what may be under way, whatever the rate.
 //!
-//! quinn tells losses after the end of the acknowledgements that showed them: they count for the round that begins then.
-//! It takes a packet for lost that three newer ones overtook; a path that mixes packets more than that looks like one
-//! that overflows.
+//! quinn tells losses after the end of the acknowledgements that showed them: they count for the round that begins
+//! then. It takes a packet for lost that three newer ones overtook; a path that mixes packets more than that looks like
+//! one that overflows.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -50,8 +50,8 @@ const BACK_OFF: f64 = 0.85;
 const LEAST_LEFT: f64 = 0.7;
 /// A round with this many lost packets or fewer did not overflow: small windows lose one of ten by chance.
 const CHANCE_PACKETS: u64 = 4;
-/// Of the shortest round trip: nothing waited. As much as clocks and schedulers make of it; the more, the less equal two
-/// flows over a short queue (simulated).
+/// Of the shortest round trip: nothing waited. As much as clocks and schedulers make of it; with more, two flows over a
+/// short queue become less equal (simulated).
 const ROOM: f64 = 1.1;
 /// The shortest round trip is looked for again after this long: with little under way, or our own queue is measured.
 const DISTANCE_LIFE: Duration = Duration::from_secs(10);
