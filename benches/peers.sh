@@ -13,7 +13,7 @@
 # Every run starts with inputs and store in the page cache and no dirty pages. cpu_s is user+sys of
 # the tool and its children; other_cpu_s is what the rest of the machine used meanwhile (kernel
 # write-back included): a run where it is large is suspect. MB/s is volume size / wall, 10^6 bytes.
-# added_bytes is the growth of the store (apparent size).
+# added_bytes is the growth of the store (apparent size); rss_mib is the peak of the largest process.
 #
 # Environment: SCRATCH  work folder (default WORKLOAD_DIR/scratch; emptied)
 #              RUNS=3   runs a phase; no new run is begun once PHASE_S=40 seconds were measured
