@@ -8,74 +8,28 @@ Phases: first sync, no change, scattered (one 4 KiB write in 1 % of the 64 KiB b
 onto the first state. For each process: wall and CPU seconds and peak memory; for each phase: bytes read, sent, stored.
 The receiver starts and stops inside each measured phase. Prints a table, medians of N runs.
 """
-import argparse, json, os, random, re, shutil, signal, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, random, shutil, statistics, subprocess, sys, time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BIN = os.environ.get("BACKHAUL_BIN", os.path.join(ROOT, "target", "release"))
+from programs import Programs, require
+
 BLOCK = 64 << 10
 
 
-class Process:
-    """A child under /usr/bin/time, which tells its CPU time and peak memory when it has ended."""
-
-    def __init__(self, env, args, log):
-        self.times = tempfile.NamedTemporaryFile("r", delete=False)
-        command = ["/usr/bin/time", "-q", "-o", self.times.name, "-f", "%e %U %S %M", *args]
-        self.child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
-        self.args = args
-
-    def own_pid(self):
-        children = open(f"/proc/{self.child.pid}/task/{self.child.pid}/children").read().split()
-        return int(children[0])
-
-    def finish(self):
-        out, _ = self.child.communicate()
-        if self.child.returncode != 0:
-            sys.exit(f"{' '.join(self.args)}: exit {self.child.returncode}\n{out}")
-        wall, user, system, rss = open(self.times.name).read().split()[-4:]
-        os.unlink(self.times.name)
-        return out, {"wall": float(wall), "cpu": float(user) + float(system), "rss_mib": int(rss) / 1024}
-
-
-class Bench:
+class Bench(Programs):
     def __init__(self, args):
-        self.args = args
-        self.dir = os.path.join(args.work, "measure")
-        self.log = open(os.path.join(args.work, "measure.log"), "w")
+        self.args, self.rows = args, {}
+        super().__init__(os.path.join(args.work, "measure"), open(os.path.join(args.work, "measure.log"), "w"), args.store)
         self.image = os.path.join(self.dir, "volume.img")
-        self.env = dict(os.environ, BACKHAUL_STORE=args.store or f"file://{self.dir}/store",
-                        BACKHAUL_RECEIVER_STATE=f"{self.dir}/receiver", BACKHAUL_AGENT_STATE=f"{self.dir}/agent")
-        self.rows = {}
-
-    def tool(self, name, *args):
-        return [os.path.join(BIN, f"backhaul-{name}"), *args]
-
-    def run(self, *args, **kw):
-        return subprocess.run(args, env=self.env, check=True, stdout=subprocess.PIPE, stderr=self.log, text=True, **kw).stdout
-
-    def serve(self):
-        receiver = Process(self.env, self.tool("receiver", "serve", "--listen", self.address), self.log)
-        line = receiver.child.stdout.readline()
-        if "listening on" not in line:
-            sys.exit(f"the receiver did not start; see {self.log.name}")
-        return receiver
-
-    def stop(self, receiver):
-        os.kill(receiver.own_pid(), signal.SIGTERM)
-        return receiver.finish()[1]
 
     def prepare(self):
         shutil.rmtree(self.dir, ignore_errors=True)
         os.makedirs(self.dir)
         print(f"copying {self.args.volume}", file=sys.stderr)
         self.run("cp", "--sparse=never", "--reflink=auto", self.args.volume, self.image)
-        self.address = "127.0.0.1:" + str(random.randrange(20000, 30000))
         self.run(*self.tool("receiver", "init"))
-        token = self.run(*self.tool("receiver", "token", "--group", "bench", "--address", self.address))
         receiver = self.serve()
-        self.run(*self.tool("agent", "join", "-"), input=token)
-        self.run(*self.tool("agent", "protect", f"disk={self.image}"))
-        self.stop(receiver)
+        self.join(self.image)
+        receiver.stop()
 
     def stored(self):
         out = subprocess.run(["du", "-sb", f"{self.dir}/store"], capture_output=True, text=True).stdout
@@ -97,9 +51,9 @@ class Bench:
         self.warm(self.image)
         before, start = self.stored(), time.monotonic()
         receiver = self.serve()
-        agent = Process(self.env, self.tool("agent", "sync", "--json"), self.log)
+        agent = self.measured(*self.tool("agent", "sync", "--json"))
         out, agent_times = agent.finish()
-        receiver_times = self.stop(receiver)
+        receiver_times = receiver.stop()
         wall = time.monotonic() - start
         result = json.loads(out)
         self.note(phase, wall, {"agent": agent_times, "receiver": receiver_times}, read=result["bytes_scanned"],
@@ -109,7 +63,7 @@ class Bench:
         self.warm(f"{self.dir}/store", *([target] if os.path.exists(target) else []))
         start = time.monotonic()
         command = self.tool("receiver", "restore", "bench/disk", "--to", target, "--verify", self.args.verify, "--json")
-        out, times = Process(self.env, command, self.log).finish()
+        out, times = self.measured(*command).finish()
         result = json.loads(out)
         self.note(phase, time.monotonic() - start, {"receiver": times}, read=result["bytes_read"],
                   sent=result["bytes_fetched"] + result["metadata_bytes"], stored=result["bytes_written"])
@@ -158,9 +112,7 @@ def main():
     parser.add_argument("--verify", choices=["cached", "device"], default="cached")
     parser.add_argument("--store", help="URL of an empty store; default: a folder in the work folder")
     args = parser.parse_args()
-    for tool in ("backhaul-agent", "backhaul-receiver"):
-        if not os.path.exists(os.path.join(BIN, tool)):
-            sys.exit(f"{BIN}/{tool} is missing: cargo build --release")
+    require()
     if args.store and args.runs != 1:
         sys.exit("--store names one empty store: use --runs 1")
     os.makedirs(args.work, exist_ok=True)
