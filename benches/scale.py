@@ -4,7 +4,8 @@
     benches/scale.py [--work DIR] [--only volumes,points,agents] [--sizes GIB,...] [--points N,...] [--agents N,...] [--runs N]
 
 volumes  sparse images with the same 256 MiB: 4,096 pieces of 64 KiB, spread evenly, so that each is on an index page of its
-         own where the volume is large enough. The receiver starts and stops inside each sync.
+         own where the volume is large enough; and in one piece at the beginning, so that one thread has all the work while
+         the others run ahead. The receiver starts and stops inside each sync.
 points   one group of one small volume; between the marks each point has one changed block, made by `sync` against a
          receiver that stays. At a mark: what each command takes, with a receiver that starts cold, or one that is warm.
 agents   so many at once on one receiver, each with a state folder, a group and 64 MiB of random data of its own.
@@ -12,7 +13,7 @@ agents   so many at once on one receiver, each with a state folder, a group and 
 Times are the smallest of N runs, memory is the largest. DIR is best a file system in memory: the marks of
 `points` are ten thousand commits, each flushed.
 """
-import argparse, collections, json, os, random, re, shutil, subprocess, sys, tempfile, time
+import argparse, collections, itertools, json, os, random, re, shutil, subprocess, sys, tempfile, time
 
 from programs import Programs, require
 
@@ -138,21 +139,21 @@ class Scale(Programs):
 
 
 def volumes(args):
-    rows = []
-    for gib in args.sizes:
-        bench = Scale(args, "volumes")
-        rng, pieces = random.Random(1), 4096
+    rows, pieces = [], 4096
+    for gib, layout in itertools.product(args.sizes, ("spread", "one piece")):
+        bench, rng = Scale(args, "volumes"), random.Random(1)
+        apart = (gib << 30) // pieces // BLOCK * BLOCK if layout == "spread" else BLOCK
         with open(bench.image, "wb") as f:
             f.truncate(gib << 30)
             for piece in range(pieces):
-                f.seek(piece * ((gib << 30) // pieces) // BLOCK * BLOCK)
+                f.seek(piece * apart)
                 f.write(rng.randbytes(BLOCK))
         bench.begin()
         first, idle, opened, listed = bench.cold_sync(), bench.cold_sync(runs=args.runs), bench.opened(), bench.listed()
         restored = bench.restored()
         stored = bench.objects()[1]
         state = sum(os.stat(os.path.join(d, n)).st_blocks * 512 for d, _, names in os.walk(f"{bench.dir}/agent") for n in names)
-        rows.append([f"{gib:,} GiB", both(*first), peaks(first), both(*idle), peaks(idle), times(opened), peak(opened),
+        rows.append([f"{gib:,} GiB, {layout}", both(*first), peaks(first), both(*idle), peaks(idle), times(opened), peak(opened),
                      times(restored), peak(restored), times(listed), f"{stored / 2**20:.1f}", f"{state / 2**20:.1f}"])
         print(rows[-1], file=sys.stderr)
         bench.close()
