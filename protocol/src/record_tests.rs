@@ -66,7 +66,7 @@ fn effort_changes_from_one_block_to_the_next() {
 fn among_random_blocks_what_can_be_smaller_is_made_smaller() {
     // Text, numbers, one byte in eight that is known, and random bytes that come again.
     let text: Vec<u8> = random(1, 65536).iter().map(|b| b'a' + b % 26).collect();
-    let numbers: Vec<u8> = (0..8192u64).flat_map(|i| (1 << 40 | i * 37).to_le_bytes()).collect();
+    let numbers: Vec<u8> = (0..8192u64).flat_map(|i| ((1 << 40) | (i * 37)).to_le_bytes()).collect();
     let mut sparse = random(2, 65536);
     sparse.iter_mut().step_by(8).for_each(|b| *b = 0);
     let compressible = [text, numbers, sparse];

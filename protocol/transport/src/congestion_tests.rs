@@ -181,7 +181,7 @@ impl Flow {
     fn send(&mut self, line: &mut Line) -> bool {
         let next = self.in_flight() + PACKET;
         let is_held = next >= self.controller.window() || self.tokens < PACKET as f64;
-        self.is_idle = next > self.send_window && !(is_held && next <= self.send_window);
+        self.is_idle = next > self.send_window;
         if is_held || self.is_idle {
             return false;
         }
