@@ -51,17 +51,24 @@ pub async fn run(
     shared: Arc<Shared>,
     incoming: quinn::Incoming,
     handshake: Ticket<IpAddr>,
-    shutdown: watch::Receiver<bool>,
+    mut shutdown: watch::Receiver<bool>,
 ) {
     let from = incoming.remote_address();
     let number = shared.session_numbers.fetch_add(1, Ordering::Relaxed);
-    let connection = match incoming.accept() {
-        Ok(connecting) => match tokio::time::timeout(PATIENCE, connecting).await {
-            Ok(Ok(connection)) => connection,
-            Ok(Err(error)) => return tracing::info!(%from, %error, "handshake failed"),
-            Err(_) => return tracing::info!(%from, "handshake timed out"),
-        },
+    let connecting = match incoming.accept() {
+        Ok(connecting) => tokio::time::timeout(PATIENCE, connecting),
         Err(error) => return tracing::info!(%from, %error, "handshake failed"),
+    };
+    let connected = tokio::select! {
+        biased;
+        // Whoever is not in yet is not waited for.
+        () = stopped(&mut shutdown) => return,
+        connected = connecting => connected,
+    };
+    let connection = match connected {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => return tracing::info!(%from, %error, "handshake failed"),
+        Err(_) => return tracing::info!(%from, "handshake timed out"),
     };
     let identity = connection.peer_identity().and_then(|any| {
         let chain = any.downcast::<Vec<rustls_pki_types::CertificateDer<'static>>>().ok()?;
@@ -119,7 +126,7 @@ async fn serve(
     identity: Option<CertificateDer<'static>>,
     from: SocketAddr,
     handshake: Ticket<IpAddr>,
-    shutdown: watch::Receiver<bool>,
+    mut shutdown: watch::Receiver<bool>,
 ) -> Result<CloseCode, TransportError> {
     let ticket = match identity {
         Some(_) => None,
@@ -132,7 +139,11 @@ async fn serve(
         },
     };
     let handshake = ticket.is_none().then_some(handshake);
-    let (sender, mut receiver) = welcome(&**link).await?;
+    let (sender, mut receiver) = tokio::select! {
+        biased;
+        () = stopped(&mut shutdown) => return Ok(CloseCode::ShuttingDown),
+        welcome = welcome(&**link) => welcome?,
+    };
     // Until here who has a certificate is one of those who have not said what they want.
     drop(handshake);
     let Some(certificate) = identity else {

@@ -19,7 +19,7 @@ fn data_before_terabytes_of_nothing_takes_bounded_memory() {
     let file = File::options().write(true).open(&path).expect("just made");
     file.set_len(4 << 40).expect("a sparse file");
     agent.protect("large", &path);
-    let mut sync = agent.start(&["sync", "--json"]);
+    let mut sync = agent.start(&["sync"]);
     let (of_agent, of_receiver) = (Sampler::start(sync.pid()), Sampler::start(serving.child.pid()));
     let done = sync.wait(std::time::Duration::from_secs(120));
     let peak = |sampler: &Sampler| sampler.seen().into_iter().map(|(_, bytes)| bytes).max().unwrap_or(0);

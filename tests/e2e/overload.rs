@@ -89,6 +89,20 @@ async fn reading(target: &Target) -> (Endpoint, Connection, Control, Option<Rece
     (endpoint, connection, control, answer)
 }
 
+/// Whoever is not in yet is not waited for when the receiver stops (I14).
+#[tokio::test]
+async fn a_peer_that_says_nothing_does_not_hold_up_a_stop() {
+    let mut target = target();
+    let (_endpoint, connection) = target.connect(As::Agent).await;
+    let (_other, stranger) = target.try_connect(As::Stranger).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let begun = Instant::now();
+    target.serving.child.signal(rustix::process::Signal::TERM);
+    assert!(target.serving.child.wait(ENDS).success());
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    drop((connection, stranger));
+}
+
 #[tokio::test]
 async fn one_agent_has_a_bounded_number_of_sessions() {
     let mut target = target();
