@@ -228,7 +228,7 @@ pub struct Encoder {
 
 /// Blocks in a row that did not become smaller, after which one that looks random is not tried.
 const RAW_RUN: u32 = 4;
-/// But each so manieth is.
+/// But one of so many is.
 const TRIED_AGAIN: u32 = 16;
 /// Bytes of a block that are counted to see whether it looks random, in so many places.
 const SAMPLE: usize = 1024;
@@ -237,7 +237,7 @@ const SAMPLES: usize = 4;
 /// what an entropy coder makes smaller by three in a hundred has more than 73,000.
 const RANDOM: u32 = 73_000;
 
-/// Whether each byte is about as frequent as any other. Costs a fiftieth of compressing it.
+/// Whether each byte is about as frequent as any other, by a sample.
 fn looks_random(plain: &[u8]) -> bool {
     if plain.len() < SAMPLE * SAMPLES {
         return false;
@@ -273,8 +273,11 @@ impl Encoder {
 
     /// Bytes of the compressed block, in `packed`; `None` where it does not become smaller, or hardly can.
     fn pack(&mut self, plain: &[u8]) -> Option<usize> {
+        if self.effort == Effort::None {
+            return None;
+        }
         let is_hopeless = self.raw_run >= RAW_RUN && !self.raw_run.is_multiple_of(TRIED_AGAIN) && looks_random(plain);
-        let packed = if self.effort == Effort::None || is_hopeless {
+        let packed = if is_hopeless {
             None
         } else {
             if self.packed.len() < plain.len() {

@@ -77,8 +77,14 @@ fn among_random_blocks_what_can_be_smaller_is_made_smaller() {
         let after = sizes(&mut encoder, noise.iter().chain([plain]));
         assert!(after[..8].iter().all(|n| *n == 65536) && after[8] == alone && alone < 65536, "{after:?}, {alone}");
     }
-    // What only comes again looks random: it is found when one is tried, and from then on.
+    // What was not tried was not in vain.
     let twice = random(3, 32768).repeat(2);
+    let mut encoder = Encoder::new(1).expect("zstd");
+    encoder.set_effort(Effort::None).expect("zstd");
+    assert!(sizes(&mut encoder, &noise).iter().all(|n| *n == 65536));
+    encoder.set_effort(Effort::Level(1)).expect("zstd");
+    assert!(sizes(&mut encoder, [&twice])[0] < 40000);
+    // What only comes again looks random: it is found when one is tried, and from then on.
     let many = vec![twice; 40];
     let found = sizes(&mut Encoder::new(1).expect("zstd"), noise.iter().chain(&many));
     assert!(found[8..].iter().filter(|n| **n > 40000).count() <= 16, "{found:?}");

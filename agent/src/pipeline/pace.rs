@@ -1,6 +1,6 @@
 //! How hard blocks are compressed: as hard as costs no time.
 //!
-//! Read first: [`Compression`], then `Pace::decide`. Threads tell how long they worked and how long they waited for the
+//! Read first: [`Compression`], then `Pace::worked` and `decide`. Threads tell how long they worked and how long they waited for the
 //! sender. Where they wait because the path is full, time is left to make blocks smaller, and more blocks go through the
 //! same path; where they do not wait, compressing is what takes the time, and less of it is done.
 
@@ -26,7 +26,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// A zstd level that may be set. Below -7 nothing becomes smaller, above 19 a thread takes a gigabyte.
+    /// A zstd level that may be set.
     pub fn level(level: i32) -> Result<Self, String> {
         if (-7..=19).contains(&level) {
             Ok(Self::Fixed(Effort::Level(level)))
