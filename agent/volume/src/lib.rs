@@ -19,7 +19,7 @@ pub mod scan;
 pub mod source;
 pub mod stability;
 mod sys;
-mod sysfs;
+pub mod sysfs;
 pub mod target;
 mod usage;
 

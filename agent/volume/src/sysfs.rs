@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 /// A block device by number. Another disk may get the number later: hold an open descriptor beside it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub(crate) struct Dev {
+pub struct Dev {
     major: u32,
     minor: u32,
 }
@@ -26,18 +26,18 @@ impl fmt::Display for Dev {
 
 impl Dev {
     /// From `st_rdev`.
-    pub(crate) fn from_rdev(rdev: u64) -> Self {
+    pub fn from_rdev(rdev: u64) -> Self {
         Self { major: rustix::fs::major(rdev), minor: rustix::fs::minor(rdev) }
     }
 
     /// From "8:1".
-    pub(crate) fn parse(text: &str) -> Option<Self> {
+    pub fn parse(text: &str) -> Option<Self> {
         let (major, minor) = text.trim().split_once(':')?;
         Some(Self { major: major.parse().ok()?, minor: minor.parse().ok()? })
     }
 
     /// The block device that a path leads to.
-    pub(crate) fn of_path(path: &Path) -> Option<Self> {
+    pub fn of_path(path: &Path) -> Option<Self> {
         let meta = fs::metadata(path).ok()?;
         meta.file_type().is_block_device().then(|| Self::from_rdev(meta.rdev()))
     }
@@ -47,7 +47,7 @@ impl Dev {
     }
 
     /// An attribute's text without white space around it; `None` if it is not there or empty.
-    pub(crate) fn attribute(&self, name: &str) -> Option<String> {
+    pub fn attribute(&self, name: &str) -> Option<String> {
         let bytes = fs::read(self.folder().join(name)).ok()?;
         let text = String::from_utf8_lossy(&bytes);
         let text = text.trim_matches(|c: char| c.is_whitespace() || c.is_control());
@@ -59,29 +59,29 @@ impl Dev {
     }
 
     /// A property of udev's database.
-    pub(crate) fn udev(&self, key: &str) -> Option<String> {
+    pub fn udev(&self, key: &str) -> Option<String> {
         let text = fs::read_to_string(format!("/run/udev/data/b{}:{}", self.major, self.minor)).ok()?;
         field(&text, &format!("E:{key}"))
     }
 
     /// The kernel's name, "sda1".
-    pub(crate) fn name(&self) -> Option<String> {
+    pub fn name(&self) -> Option<String> {
         self.uevent("DEVNAME")
     }
 
     /// Its node below /dev, if that is the device.
-    pub(crate) fn node(&self) -> Option<PathBuf> {
+    pub fn node(&self) -> Option<PathBuf> {
         let path = Path::new("/dev").join(self.name()?);
         (Self::of_path(&path) == Some(*self)).then_some(path)
     }
 
     /// The partition's number; `None` for a whole disk.
-    pub(crate) fn partition_number(&self) -> Option<u32> {
+    pub fn partition_number(&self) -> Option<u32> {
         self.attribute("partition")?.parse().ok()
     }
 
     /// The disk that this is a partition of, or itself.
-    pub(crate) fn whole(&self) -> Self {
+    pub fn whole(&self) -> Self {
         if self.partition_number().is_none() {
             return *self;
         }
@@ -90,7 +90,7 @@ impl Dev {
     }
 
     /// The partitions of a whole disk; none for a partition.
-    pub(crate) fn partitions(&self) -> Vec<Self> {
+    pub fn partitions(&self) -> Vec<Self> {
         let parts = entries(&self.folder()).into_iter().filter(|p| p.join("partition").exists());
         parts.filter_map(|p| Self::parse(&fs::read_to_string(p.join("dev")).ok()?)).collect()
     }
@@ -101,17 +101,17 @@ impl Dev {
     }
 
     /// Devices built directly on this one (LVM, RAID, dm-crypt).
-    pub(crate) fn holders(&self) -> Vec<Self> {
+    pub fn holders(&self) -> Vec<Self> {
         self.linked("holders")
     }
 
     /// Everything that lies on this device: its partitions, what holds them, and so on; itself first.
-    pub(crate) fn above(&self) -> Vec<Self> {
+    pub fn above(&self) -> Vec<Self> {
         closure(*self, |d| [d.partitions(), d.holders()].concat())
     }
 
     /// Everything that this device lies on, partitions not counted as lying on their disk; itself first.
-    pub(crate) fn below(&self) -> Vec<Self> {
+    pub fn below(&self) -> Vec<Self> {
         closure(*self, |d| {
             let backing = d.loop_backing().and_then(|p| Self::of_path(&p));
             d.linked("slaves").into_iter().chain(backing).collect()
@@ -119,22 +119,22 @@ impl Dev {
     }
 
     /// The file or device beneath a loop device.
-    pub(crate) fn loop_backing(&self) -> Option<PathBuf> {
+    pub fn loop_backing(&self) -> Option<PathBuf> {
         self.whole().attribute("loop/backing_file").map(PathBuf::from)
     }
 
     /// Grows by one whenever another disk or backing file gets this number (kernel 5.15).
-    pub(crate) fn sequence(&self) -> Option<u64> {
+    pub fn sequence(&self) -> Option<u64> {
         self.whole().attribute("diskseq")?.parse().ok()
     }
 
     /// Whether the device's work is counted.
-    pub(crate) fn is_counted(&self) -> bool {
+    pub fn is_counted(&self) -> bool {
         self.whole().attribute("queue/iostats").as_deref() == Some("1")
     }
 
     /// Sectors written and sectors discarded since the device appeared. Counted when a request completes.
-    pub(crate) fn written(&self) -> Option<Written> {
+    pub fn written(&self) -> Option<Written> {
         let stat = self.attribute("stat")?;
         let fields: Vec<u64> = stat.split_whitespace().map_while(|f| f.parse().ok()).collect();
         // Documentation/block/stat.rst: 7th field sectors written, 12th and 14th discards and sectors discarded
@@ -143,20 +143,22 @@ impl Dev {
     }
 
     /// Writes that are under way.
-    pub(crate) fn writes_in_flight(&self) -> Option<u64> {
+    pub fn writes_in_flight(&self) -> Option<u64> {
         self.attribute("inflight")?.split_whitespace().nth(1)?.parse().ok()
     }
 }
 
 /// Write counters of a device, in sectors of 512 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(crate) struct Written {
-    pub(crate) sectors: u64,
-    pub(crate) discarded: u64,
+pub struct Written {
+    /// Written.
+    pub sectors: u64,
+    /// Discarded.
+    pub discarded: u64,
 }
 
 /// All block devices that the kernel has, partitions too.
-pub(crate) fn all_devices() -> Vec<Dev> {
+pub fn all_devices() -> Vec<Dev> {
     let names = entries(Path::new("/sys/dev/block"));
     names.iter().filter_map(|p| Dev::parse(p.file_name()?.to_str()?)).collect()
 }
