@@ -123,7 +123,11 @@ pub async fn ensure_group(catalog: &Catalog, name: &Name, now: SystemTime) -> Re
         time: unix_millis(now),
         body: Body::Create(CreateBody { repository: catalog.format.repository, name: name.clone() }),
     };
-    put_new(store, &log.keys().log(LogSeq(0)), create.to_bytes()).await?;
+    if let Put::New = put_new(store, &log.keys().log(LogSeq(0)), create.to_bytes()).await?
+        && let Err(error) = log.write_hint(LogSeq(0)).await
+    {
+        tracing::warn!(%error, "could not write the head hint; the log is listed where it is looked for");
+    }
     Ok(log)
 }
 

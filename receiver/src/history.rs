@@ -27,6 +27,8 @@ const READ_AHEAD: usize = 16;
 /// Records in a gap of the log that are told one by one; of a longer gap the first ones and the last. A gap that long is
 /// no loss of records but a wrong number somewhere. Arbitrary.
 const MAX_GAP: u64 = 1000;
+/// Records that a hint may be behind by: one is written half a minute after the last, and points are a second apart.
+const STALE_HINT: u64 = 64;
 /// Records that are looked at one by one for the latest point, before the whole log is read. Arbitrary.
 const LOOK_BACK: u64 = 8;
 
@@ -162,14 +164,17 @@ impl GroupLog {
     /// Which numbers there are or were. `known`: there was a record of this number.
     async fn extent(&self, known: Option<LogSeq>, history: &mut History) -> Result<Extent, ReadError> {
         let hint = match self.hint().await {
-            Ok(hint) => hint.max(known),
+            Ok(hint) => hint,
             Err(e) if e.is_damage() => {
                 history.aside.push(e);
-                known
+                None
             }
             Err(e) => return Err(e),
         };
-        match self.newest_from(hint.unwrap_or_default()).await {
+        // Without a hint the log is listed: the number that is known may be far from the newest one.
+        let start = hint.map(|hint| known.map_or(hint, |known| hint.max(known)));
+        let hint = hint.max(known);
+        match self.newest_from(start).await {
             Ok(newest) => Ok(Extent { listed: std::iter::once(0..newest.0 + 1).collect(), hint }),
             Err(e) if e.is_damage() => {
                 if let Err(e) = self.floor().await {
@@ -282,11 +287,15 @@ impl GroupLog {
     }
 
     async fn look_back(&self) -> Result<Option<LogSeq>, ReadError> {
-        let checkpoint = self.list(&self.keys().checkpoint(LogSeq(0))).await?.last().and_then(number_of);
-        let hint = self.hint().await?.max(checkpoint).unwrap_or_default();
+        let hint = self.hint().await?;
         let newest = self.newest_from(hint).await?;
-        if newest < hint {
-            return Err(ReadError::Log { seq: hint, what: "it is missing" });
+        // No LIST where the hint is as new as it is while its writers live.
+        let known = match hint {
+            Some(hint) if newest.0.saturating_sub(hint.0) <= STALE_HINT => Some(hint),
+            _ => self.list(&self.keys().checkpoint(LogSeq(0))).await?.last().and_then(number_of),
+        };
+        if let Some(seq) = known.filter(|known| newest < *known) {
+            return Err(ReadError::Log { seq, what: "it is missing" });
         }
         for back in 0..LOOK_BACK.min(newest.0 + 1) {
             let seq = LogSeq(newest.0 - back);

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use backhaul_protocol::ids::{AgentId, GroupId};
+use backhaul_protocol::ids::{AgentId, CommitId, GroupId, LogSeq};
 use backhaul_protocol::store::checkpoint::Sharing;
 use backhaul_protocol::wire::message::CloseCode;
 use backhaul_seams::mutant::{Mutant, planted};
@@ -18,15 +18,17 @@ use backhaul_transport::endpoint::{Endpoint, Medium, Serving, Windows};
 use backhaul_transport::error::TransportError;
 use backhaul_transport::tls::server_config;
 use backhaul_transport::tuning::Tuning;
-use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, watch};
+use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::catalog::Catalog;
 use crate::credit::Credit;
 use crate::limits::Limits;
 use crate::quota::Quota;
 use crate::round::{GroupState, RoundResources};
+use crate::seen::Seen;
 use crate::segment_writer::Budget;
 
 /// What can be set.
@@ -82,11 +84,24 @@ pub struct GroupSlot {
     /// Held by the session that writes.
     pub state: Arc<AsyncMutex<GroupState>>,
     writer: Mutex<Writer>,
-    last_hint: Mutex<Option<Instant>>,
+    hint: Mutex<Hint>,
 }
 
 /// The head hint is written at most this often.
 const HINT_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Groups that are remembered without a session. Arbitrary; 32 bytes each.
+const MAX_CLEAN: usize = 10_000;
+
+/// What is remembered of groups.
+#[derive(Debug, Default)]
+struct Groups {
+    /// Those that have a session.
+    slots: HashMap<GroupId, Arc<GroupSlot>>,
+    /// Of those that had one, or that an agent joined: the newest commit, where nothing was left on it that waits for the
+    /// next session. No draft is looked for then.
+    clean: HashMap<GroupId, Option<CommitId>>,
+}
 
 /// Which session is the group's writer.
 #[derive(Debug, Default)]
@@ -134,15 +149,35 @@ impl GroupSlot {
         is_newest
     }
 
-    /// Whether the hint may be written again.
-    pub fn hint_is_due(&self) -> bool {
-        let mut last = lock(&self.last_hint);
-        let due = last.is_none_or(|t| t.elapsed() >= HINT_INTERVAL);
-        if due {
-            *last = Some(Instant::now());
-        }
-        due
+    /// A record was appended that the hint does not tell of.
+    pub fn appended(&self, seq: LogSeq) {
+        lock(&self.hint).untold = Some(seq);
     }
+
+    /// What the hint should say and does not; `None` where it was written a moment ago and more may come.
+    pub fn hint_due(&self, when: HintWhen) -> Option<LogSeq> {
+        let mut hint = lock(&self.hint);
+        let is_due = when == HintWhen::Now || hint.written.is_none_or(|t| t.elapsed() >= HINT_INTERVAL);
+        let due = hint.untold.take_if(|_| is_due)?;
+        hint.written = Some(Instant::now());
+        Some(due)
+    }
+}
+
+/// When the head hint is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HintWhen {
+    /// Half a minute after the last time.
+    Due,
+    /// Nobody comes to write it later.
+    Now,
+}
+
+/// What the head hint tells.
+#[derive(Debug, Default)]
+struct Hint {
+    written: Option<Instant>,
+    untold: Option<LogSeq>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -160,7 +195,7 @@ pub struct Shared {
     pub resources: RoundResources,
     /// As set.
     pub settings: ServerSettings,
-    groups: Mutex<HashMap<GroupId, Arc<GroupSlot>>>,
+    groups: Mutex<Groups>,
     /// Connections whose handshake is under way.
     pub handshakes: Arc<Quota<IpAddr>>,
     /// Connections without a certificate.
@@ -171,6 +206,8 @@ pub struct Shared {
     pub credit: Arc<Credit>,
     /// Numbers sessions in logs.
     pub session_numbers: AtomicU64,
+    /// When agents were here.
+    pub seen: Seen,
 }
 
 /// What sessions hold at this moment: nothing of it when there are none.
@@ -221,29 +258,44 @@ impl Shared {
             sessions,
             credit: Credit::new(),
             session_numbers: AtomicU64::new(1),
+            seen: Seen::default(),
         })
     }
 
     /// The slot of a group.
     pub fn slot(shared: &Arc<Self>, group: GroupId) -> SlotInUse {
         let mut groups = lock(&shared.groups);
-        let new = || {
+        let Groups { slots, clean } = &mut *groups;
+        let mut new = || {
             Arc::new(GroupSlot {
-                state: Arc::new(AsyncMutex::new(GroupState::new(shared.catalog.log(group)))),
+                state: Arc::new(AsyncMutex::new(GroupState::new(
+                    shared.catalog.log(group),
+                    clean.remove(&group).flatten(),
+                ))),
                 writer: Mutex::default(),
-                last_hint: Mutex::default(),
+                hint: Mutex::default(),
             })
         };
         let slot = match planted(Mutant::GroupsNotShared) {
-            false => groups.entry(group).or_insert_with(new).clone(),
+            false => slots.entry(group).or_insert_with(new).clone(),
             true => new(),
         };
         SlotInUse { shared: shared.clone(), group, slot }
     }
 
+    /// An agent joined the group here. If nobody has been seen to write to it, its first record has no draft yet that is
+    /// worth looking for.
+    pub async fn joined(&self, group: GroupId) {
+        let Ok(Some((create, _))) = self.catalog.log(group).read(LogSeq(0)).await else { return };
+        let mut groups = lock(&self.groups);
+        if !groups.slots.contains_key(&group) && groups.clean.len() < MAX_CLEAN {
+            groups.clean.entry(group).or_insert(Some(create.commit));
+        }
+    }
+
     /// Groups of which something is remembered.
     pub fn groups_in_use(&self) -> usize {
-        lock(&self.groups).len()
+        lock(&self.groups).slots.len()
     }
 
     /// What sessions hold.
@@ -279,8 +331,13 @@ impl Drop for SlotInUse {
     fn drop(&mut self) {
         let mut groups = lock(&self.shared.groups);
         // The map's and this one: all others are made under the same lock.
-        if Arc::strong_count(&self.slot) <= 2 {
-            groups.remove(&self.group);
+        if Arc::strong_count(&self.slot) > 2 {
+            return;
+        }
+        groups.slots.remove(&self.group);
+        let clean = self.slot.state.try_lock().ok().and_then(|state| state.clean());
+        if groups.clean.len() < MAX_CLEAN {
+            groups.clean.insert(self.group, clean);
         }
     }
 }
@@ -352,14 +409,14 @@ impl Server {
         self.endpoint.local_addr()
     }
 
-    /// Serves until `shutdown` turns true; then lets the sessions end: commits that are under way are finished, what
+    /// Serves until `shutdown`; then lets the sessions end: commits that are under way are finished, what
     /// has arrived otherwise stays as drafts.
-    pub async fn run(self, mut shutdown: watch::Receiver<bool>) {
+    pub async fn run(self, shutdown: CancellationToken) {
         let mut sessions = JoinSet::new();
         loop {
             tokio::select! {
                 biased;
-                () = crate::session::stopped(&mut shutdown) => break,
+                () = shutdown.cancelled() => break,
                 incoming = self.endpoint.accept() => {
                     let Some(incoming) = incoming else { break };
                     // Under load strangers must show that they receive what is sent to their address; until then they
