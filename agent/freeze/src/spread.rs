@@ -124,6 +124,6 @@ mod tests {
         assert_eq!(parse_uuid(text).map(|id| uuid(&id)).as_deref(), Some(text));
         assert_eq!(parse_uuid("features"), None);
         assert_eq!(unpack(0x0801).numbers(), (8, 1));
-        assert_eq!(unpack(0x1007_0812).numbers(), (8, 0x10012 & 0xff | 0x10000));
+        assert_eq!(unpack(0x10_0812).numbers(), (8, 0x112));
     }
 }

@@ -1,1 +1,4 @@
-//! x
+//! Freezing real file systems on loop devices.
+
+mod hold;
+mod support;
