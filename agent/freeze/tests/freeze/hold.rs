@@ -222,8 +222,7 @@ fn a_mount_in_between_breaks_it() {
         return;
     }
     let place = Place::new();
-    let disk = place.disk("disk", 40);
-    let parts = disk.partition(&[16, 0]);
+    let (disk, parts) = Disk::partitioned(&place.at("disk"), &[16, 16]);
     parts.iter().for_each(|p| mkfs("ext4", p));
     let _one = Point::new(&parts[0], &place.folder("one"), &[]);
     let mut freezer = place.freezer();

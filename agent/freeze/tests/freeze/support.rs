@@ -18,7 +18,7 @@ pub const LIMIT: Duration = Duration::from_secs(5);
 /// Whether tests with loop devices can run. Where not it says so, and fails if `BACKHAUL_REQUIRE_ALL` is 1.
 #[track_caller]
 pub fn can_run(test: &str) -> bool {
-    let tools = ["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "mksquashfs", "losetup", "sfdisk", "fsfreeze", "unshare"];
+    let tools = ["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "mksquashfs", "losetup", "fsfreeze", "unshare"];
     let missing = if !rustix::process::geteuid().is_root() {
         "needs root".to_owned()
     } else if !Path::new("/dev/loop-control").exists() {
@@ -130,30 +130,37 @@ impl Disk {
 
     pub fn attach(image: &Path) -> Self {
         // Another test may be given the same free number at the same time.
-        let attached = (0..20).find_map(|_| try_tool("losetup", &["--find", "--show", "--partscan", text(image)]).ok());
+        let attached = (0..20).find_map(|_| try_tool("losetup", &["--find", "--show", text(image)]).ok());
         let path = PathBuf::from(attached.expect("a loop device").trim());
         Self { dev: Dev::of_path(&path).expect("a device"), path, image: image.into() }
     }
 
-    /// Makes partitions of so many MiB; the rest of the disk for 0.
-    pub fn partition(&self, mib: &[u64]) -> Vec<PathBuf> {
-        let lines: String = mib.iter().map(|m| if *m == 0 { ",\n".into() } else { format!(",{m}M\n") }).collect();
-        let mut child = Command::new("/usr/sbin/sfdisk")
-            .args(["-q", text(&self.path)])
-            .stdin(Stdio::piped())
-            .spawn()
-            .or_else(|_| Command::new("sfdisk").args(["-q", text(&self.path)]).stdin(Stdio::piped()).spawn())
-            .expect("sfdisk");
-        child.stdin.take().expect("piped").write_all(lines.as_bytes()).expect("lines");
-        assert!(child.wait().expect("it ends").success());
-        let paths: Vec<_> = (1..=mib.len()).map(|n| PathBuf::from(format!("{}p{n}", text(&self.path)))).collect();
+    /// With a table of partitions of so many MiB each.
+    pub fn partitioned(image: &Path, mib: &[u64]) -> (Self, Vec<PathBuf>) {
+        let mut table = [0; 512];
+        let (mut at, sectors) = (2048, |m: &u64| (m << 11) as u32);
+        for (n, size) in mib.iter().enumerate() {
+            // An entry of a DOS table: type Linux, first sector, sectors.
+            let entry = &mut table[446 + n * 16..][..16];
+            entry[4] = 0x83;
+            entry[8..12].copy_from_slice(&u32::to_le_bytes(at));
+            entry[12..].copy_from_slice(&sectors(size).to_le_bytes());
+            at += sectors(size);
+        }
+        table[510..].copy_from_slice(&[0x55, 0xaa]);
+        fs::write(image, table).expect("room");
+        fs::File::options().write(true).open(image).and_then(|f| f.set_len(u64::from(at) << 9)).expect("room");
+        let disk = Self::attach(image);
+        tool("partx", &["--add", text(&disk.path)]);
+        let paths: Vec<_> = (1..=mib.len()).map(|n| PathBuf::from(format!("{}p{n}", text(&disk.path)))).collect();
         eventually("partitions appear", || paths.iter().all(|p| p.exists()));
-        paths
+        (disk, paths)
     }
 }
 
 impl Drop for Disk {
     fn drop(&mut self) {
+        let _ = try_tool("partx", &["--delete", text(&self.path)]);
         let _ = try_tool("losetup", &["--detach", text(&self.path)]);
     }
 }
