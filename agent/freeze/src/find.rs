@@ -98,7 +98,7 @@ impl<'a> Search<'a> {
             // A file on a btrfs has a subvolume's number, which no mount table has.
             let by_path = !by_number && !btrfs.is_empty() && on.file.0.numbers().0 == 0 && {
                 let of = on.btrfs();
-                if of.is_none() && !self.groups.contains_key(&on.file.0) {
+                if of.is_none() && !self.tables.mounts.iter().any(|m| m.dev == on.file.0) {
                     caveats.push(format!(
                         "It cannot be told whether the file of {} lies on a protected btrfs.",
                         on.device

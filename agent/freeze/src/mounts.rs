@@ -41,13 +41,13 @@ pub(crate) struct Tables {
 
 /// Reads one table for each namespace and root folder: who lives in a chroot sees only what is below it.
 pub(crate) fn tables() -> io::Result<Tables> {
-    let (mut seen, mut mounts, mut unread) = (BTreeSet::new(), Vec::new(), 0);
+    let (mut seen, mut mounts, mut denied) = (BTreeSet::new(), Vec::<Mount>::new(), Vec::new());
     for process in std::iter::once(PathBuf::from("/proc/self")).chain(processes()?) {
         let root =
             rustix::fs::open(process.join("root"), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
         let (Ok(namespace), Ok(root)) = (fs::read_link(process.join("ns/mnt")), root) else {
             // A process that is ending has no namespace any more; a kernel thread has the first one.
-            unread += usize::from(is_denied(&process));
+            denied.extend(is_denied(&process).then_some(process));
             continue;
         };
         let Ok(at) = rustix::fs::fstat(&root) else { continue };
@@ -63,6 +63,13 @@ pub(crate) fn tables() -> io::Result<Tables> {
             seen.insert((namespace, at.st_dev, at.st_ino));
         }
     }
+    // A table is readable where the rest of a process is not. If all of its mounts are known it is one that was read.
+    let known: BTreeSet<u64> = mounts.iter().map(|m| m.id).collect();
+    let is_known = |process: &PathBuf| {
+        let lines = fs::read_to_string(process.join("mountinfo")).unwrap_or_else(|_| "unknown".into());
+        lines.lines().all(|l| l.split(' ').next().and_then(|id| id.parse().ok()).is_some_and(|id| known.contains(&id)))
+    };
+    let unread = denied.iter().filter(|p| !is_known(p) && is_denied(p)).count();
     Ok(Tables { mounts, unread })
 }
 

@@ -41,8 +41,7 @@ impl Shell {
         let mut args = [through, &["sh", "-c"]].concat();
         let script = format!("{script}; echo ready; exec sleep 1000");
         args.push(&script);
-        let mut child =
-            Command::new(args[0]).args(&args[1..]).stdout(Stdio::piped()).spawn().expect("a shell");
+        let mut child = Command::new(args[0]).args(&args[1..]).stdout(Stdio::piped()).spawn().expect("a shell");
         let mut line = String::new();
         std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().expect("piped")), &mut line)
             .expect("a line");
@@ -321,7 +320,10 @@ fn logs_and_journals_elsewhere() {
     drop(point);
 
     tool("mke2fs", &["-q", "-F", "-b", "4096", "-O", "journal_dev", words(&log.path)]);
-    tool("mke2fs", &["-q", "-F", "-b", "4096", "-t", "ext4", "-J", &format!("device={}", words(&log.path)), words(&data.path)]);
+    tool(
+        "mke2fs",
+        &["-q", "-F", "-b", "4096", "-t", "ext4", "-J", &format!("device={}", words(&log.path)), words(&data.path)],
+    );
     let at = place.folder("ext4");
     let _point = Point::new(&data.path, &at, &[]);
     let found = find(&[data.dev]);
