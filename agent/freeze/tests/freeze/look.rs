@@ -81,7 +81,7 @@ fn through_partitions_and_bind_mounts() {
     let found = find(&[disk.dev]);
     assert_eq!(kinds(&found), ["ext4", "xfs"], "{found:#?}");
     assert_eq!(found.superblocks[0].mounts, [a.clone(), bound.clone()]);
-    assert_eq!(found.superblocks[1].mounts, [b.clone()]);
+    assert_eq!(found.superblocks[1].mounts, std::slice::from_ref(&b));
     assert_eq!(found.unmounted, [Dev::of_path(&parts[2]).expect("a device")]);
     assert!(found.not_freezable.is_empty() && found.caveats.is_empty(), "{found:#?}");
     // A partition is only itself.
@@ -103,7 +103,7 @@ fn in_other_mount_namespaces() {
     let shell = Shell::new(&["unshare", "--mount", "--propagation", "private"], &script);
     let found = find(&[disk.dev]);
     assert_eq!(kinds(&found), ["ext4"], "{found:#?}");
-    assert_eq!(found.superblocks[0].mounts, [at.clone()]);
+    assert_eq!(found.superblocks[0].mounts, std::slice::from_ref(&at));
     // As seen from there; here it is an empty folder.
     let there = PathBuf::from(format!("/proc/{}/root{}", shell.0.id(), words(&at)));
     freezes(&place, &[disk.dev], &[&there], &[&at]);
