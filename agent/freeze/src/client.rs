@@ -85,7 +85,8 @@ impl Freezer {
         self.child.as_ref().map(Child::id)
     }
 
-    /// [`crate::superblocks`] with the helper's privileges.
+    /// [`crate::superblocks`] with the helper's privileges. The helper has all of it open from now on, so that it cannot
+    /// be unmounted: prepare soon, or drop this value.
     pub fn find(&mut self, devices: &[Dev]) -> Result<Found, FreezeError> {
         let wanted = Wanted { devices: devices.to_vec() };
         let asked = wire::send_json(&*self.socket, Tag::Find, &wanted);
@@ -165,6 +166,8 @@ fn spawn(program: &Path, args: &[OsString], journal: &Path) -> Result<(OwnedFd, 
     let (socket, theirs) = pair.map_err(|e| FreezeError::system("make a socket", e))?;
     let mut command = Command::new(program);
     command.args(args).arg("serve").arg(journal).stdin(Stdio::from(theirs)).stdout(Stdio::null());
+    // The agent's folder may be on what is to be unmounted one day.
+    command.current_dir("/");
     let child = command.spawn().map_err(|e| FreezeError::system(format!("start {}", program.display()), e))?;
     Ok((socket, Some(child)))
 }

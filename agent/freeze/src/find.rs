@@ -154,7 +154,7 @@ impl<'a> Search<'a> {
     }
 
     fn describe(&self, mounts: &[&Mount], devices: &[Dev], level: u32) -> Superblock {
-        let points: BTreeSet<PathBuf> = mounts.iter().map(|m| m.point.clone()).collect();
+        let points: BTreeSet<PathBuf> = mounts.iter().map(|m| for_people(&m.point)).collect();
         // Arbitrary: containers can make it thousands, and it is for people.
         let points = points.into_iter().take(16);
         Superblock {
@@ -182,7 +182,7 @@ impl<'a> Search<'a> {
                     let id = std::fs::File::open(&path).ok().and_then(|f| btrfs_id(f).ok());
                     let holds = |d: &Dev| *d == on || (id.is_some() && spread::btrfs_of(*d) == id);
                     if self.levels.keys().any(holds) {
-                        found.swap.push(Swap::File(path));
+                        found.swap.push(Swap::File(for_people(&path)));
                     }
                 }
             }
@@ -247,6 +247,11 @@ impl<'a> Search<'a> {
             self.caveats.insert(format!("{dev} is not a device that this machine has."));
         }
     }
+}
+
+/// Nothing is opened by these, and what is no UTF-8 could not be sent.
+fn for_people(path: &Path) -> PathBuf {
+    PathBuf::from(path.to_string_lossy().into_owned())
 }
 
 /// A way onto a mounted file system: through one of its mounts that nothing hides, or else through what a process has

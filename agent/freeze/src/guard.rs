@@ -83,7 +83,12 @@ impl Guard {
     pub(crate) fn start(command: &[std::ffi::OsString]) -> io::Result<Self> {
         let (socket, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         let (program, args) = command.split_first().ok_or_else(wire::strange)?;
-        let child = Command::new(program).args(args).stdin(Stdio::from(theirs)).stdout(Stdio::null()).spawn()?;
+        let child = Command::new(program)
+            .args(args)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .current_dir("/")
+            .spawn()?;
         let guard = Self { socket, child };
         guard.answer(Tag::Hello, Duration::from_secs(5))?;
         Ok(guard)

@@ -66,8 +66,11 @@ pub(crate) fn tables() -> io::Result<Tables> {
     // A table is readable where the rest of a process is not. If all of its mounts are known it is one that was read.
     let known: BTreeSet<u64> = mounts.iter().map(|m| m.id).collect();
     let is_known = |process: &PathBuf| {
-        let lines = fs::read_to_string(process.join("mountinfo")).unwrap_or_else(|_| "unknown".into());
-        lines.lines().all(|l| l.split(' ').next().and_then(|id| id.parse().ok()).is_some_and(|id| known.contains(&id)))
+        let table = fs::read(process.join("mountinfo")).unwrap_or_default();
+        let lines = table.split(|b| *b == b'\n').filter(|line| !line.is_empty());
+        let mut ids =
+            lines.map(|line| std::str::from_utf8(line.split(|b| *b == b' ').next()?).ok()?.parse::<u64>().ok());
+        !table.is_empty() && ids.all(|id| id.is_some_and(|id| known.contains(&id)))
     };
     let unread = denied.iter().filter(|p| !is_known(p) && is_denied(p)).count();
     Ok(Tables { mounts, unread })

@@ -206,7 +206,7 @@ impl Server<'_> {
             PollFd::new(&self.client, client),
             PollFd::from_borrowed_fd(self.signals, PollFlags::IN),
             PollFd::new(&guard.socket, PollFlags::RDHUP),
-            PollFd::new(&work.done, PollFlags::IN),
+            PollFd::new(&work.done, if session.working { PollFlags::IN } else { PollFlags::empty() }),
         ];
         // What is over waits for the freezing thread alone, and briefly.
         let (from, to) = if session.end.is_some() || session.why.is_some() { (3, 4) } else { (0, 4) };

@@ -104,15 +104,18 @@ fn the_deadline_thaws() {
     let place = Place::new();
     let one = place.mounted("ext4", "one");
     let mut freezer = place.freezer();
+    let helper = freezer.helper_process().expect("a child");
     let found = freezer.find(&[one.dev()]).expect("found");
     let mut prepared = freezer.prepare(found).expect("prepared");
-    let began = Instant::now();
+    let (began, used) = (Instant::now(), processor_ticks(helper));
     let frozen = prepared.freeze(Duration::from_millis(300)).expect("frozen");
     assert!(frozen.remaining() <= Duration::from_millis(300));
     assert!(writes_within(one.at(), Duration::from_secs(2)), "I24");
     let lasted = began.elapsed();
     // Before the guard, who would come a quarter of a second later.
     assert!(lasted >= Duration::from_millis(250) && lasted < Duration::from_millis(500), "{lasted:?}");
+    // Of 30 ticks. It waits, and does not ask all the time.
+    assert!(processor_ticks(helper) - used < 10, "I24");
     assert_eq!(frozen.thaw(), Thawed::Broken(Broken::Deadline), "I6");
     // Nothing is that fast: it says so, and all is thawed.
     match prepared.freeze(Duration::from_nanos(1)).expect_err("no time") {

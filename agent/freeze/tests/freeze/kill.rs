@@ -219,6 +219,26 @@ fn the_next_start_thaws_what_the_journal_names() {
     assert_thawed(theirs.at());
 }
 
+#[test]
+fn what_no_path_leads_to_is_thawed_once_one_does() {
+    if !can_run("what_no_path_leads_to_is_thawed_once_one_does") {
+        return;
+    }
+    let place = Place::new();
+    let one = place.mounted("ext4", "one");
+    let journal = place.at("run/journal");
+    leave_frozen(&place, &[&one]);
+    // Writers that a test above left waiting would keep it open.
+    tool("umount", &["--lazy", words(one.at())]);
+    eventually("nothing is open there any more", || {
+        matches!(settled(&journal).last().map(|l| &l.outcome), Some(LeftOver::Failed(_) | LeftOver::Thawed))
+    });
+    tool("mount", &[words(&one.disk.path), words(one.at())]);
+    settled(&journal);
+    assert_thawed(one.at());
+    assert!(!place.at("run/journal.unresolved").exists());
+}
+
 fn replace(bytes: &[u8], what: &str, with: &str) -> Vec<u8> {
     let mut out = bytes.to_vec();
     let at: Vec<_> = (0..out.len() - what.len()).filter(|i| &out[*i..i + what.len()] == what.as_bytes()).collect();

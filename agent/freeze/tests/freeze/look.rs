@@ -57,6 +57,22 @@ impl Drop for Shell {
     }
 }
 
+/// A bind mount at a path that is no text.
+struct Bound(PathBuf);
+
+impl Bound {
+    fn new(what: &Path, at: &Path) -> Self {
+        assert!(Command::new("mount").arg("--bind").args([what, at]).status().expect("mount").success());
+        Self(at.into())
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
 fn words(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
@@ -74,13 +90,15 @@ fn through_partitions_and_bind_mounts() {
     let _a = Point::new(&parts[0], &a, &[]);
     let _b = Point::new(&parts[1], &b, &[]);
     std::fs::create_dir(a.join("sub")).expect("a folder");
-    let bound = place.folder("bound");
-    let _bound = Point::new(&a.join("sub"), &bound, &["--bind"]);
+    // No UTF-8, which a path need not be.
+    let bound = place.at("bound").join(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(b"\xff"));
+    std::fs::create_dir_all(&bound).expect("a folder");
+    let _bound = Bound::new(&a.join("sub"), &bound);
     let other = place.mounted("ext4", "other");
 
     let found = find(&[disk.dev]);
     assert_eq!(kinds(&found), ["ext4", "xfs"], "{found:#?}");
-    assert_eq!(found.superblocks[0].mounts, [a.clone(), bound.clone()]);
+    assert_eq!(found.superblocks[0].mounts, [a.clone(), place.at("bound/\u{fffd}")]);
     assert_eq!(found.superblocks[1].mounts, std::slice::from_ref(&b));
     assert_eq!(found.unmounted, [Dev::of_path(&parts[2]).expect("a device")]);
     assert!(found.not_freezable.is_empty() && found.caveats.is_empty(), "{found:#?}");

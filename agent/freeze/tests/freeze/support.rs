@@ -299,6 +299,13 @@ pub fn is_alive(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| !s.contains(") Z ") && !s.contains(") X "))
 }
 
+/// Of its processor time, a hundredth of a second each.
+pub fn processor_ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("it lives");
+    let fields: Vec<&str> = stat.rsplit(") ").next().expect("fields").split(' ').collect();
+    [11, 12].iter().map(|f| fields[*f].parse::<u64>().expect("a number")).sum()
+}
+
 /// The guard of a helper: its only child.
 pub fn guard_of(helper: u32) -> Option<u32> {
     let children = fs::read_to_string(format!("/proc/{helper}/task/{helper}/children")).ok()?;
