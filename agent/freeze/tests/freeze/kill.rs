@@ -76,6 +76,13 @@ fn killed_at_any_moment() {
             let within = writes_within(one.at(), Duration::from_secs(1));
             assert!(within, "I24: round {round}, killed {who:03b}: {} was left frozen", one.at().display());
         }
+        // While the helper is being killed in FIFREEZE the others must not be: with all three gone it is for the next
+        // start to thaw.
+        if who & 2 != 0 {
+            eventually("the helper is gone", || !is_alive(agent.helper));
+            let within = all.iter().all(|one| writes_within(one.at(), Duration::from_secs(1)));
+            assert!(within || who == 7, "I24: round {round}, killed {who:03b}");
+        }
         drop(agent.stdin.take());
         drop(agent.child.kill());
         agent.wait_gone();

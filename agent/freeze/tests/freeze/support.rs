@@ -295,8 +295,11 @@ pub fn signal(pid: u32, signal: Signal) {
     }
 }
 
+/// Whether any of its threads is: one that was killed in FIFREEZE goes on with that, whatever became of the first one.
 pub fn is_alive(pid: u32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| !s.contains(") Z ") && !s.contains(") X "))
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+    let stats = threads.filter_map(|t| fs::read_to_string(t.ok()?.path().join("stat")).ok());
+    stats.into_iter().any(|s| !s.contains(") Z ") && !s.contains(") X "))
 }
 
 /// Of its processor time, a hundredth of a second each.
