@@ -18,7 +18,7 @@ pub const LIMIT: Duration = Duration::from_secs(5);
 /// Whether tests with loop devices can run. Where not it says so, and fails if `BACKHAUL_REQUIRE_ALL` is 1.
 #[track_caller]
 pub fn can_run(test: &str) -> bool {
-    let tools = ["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "mksquashfs", "losetup", "fsfreeze", "unshare"];
+    let tools = ["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "mksquashfs", "losetup", "partx", "fsfreeze", "unshare"];
     let missing = if !rustix::process::geteuid().is_root() {
         "needs root".to_owned()
     } else if !Path::new("/dev/loop-control").exists() {
