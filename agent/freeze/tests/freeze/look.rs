@@ -124,8 +124,10 @@ fn in_other_mount_namespaces() {
     assert_eq!(found.superblocks[0].mounts, std::slice::from_ref(&at));
     // As seen from there; here it is an empty folder.
     let there = PathBuf::from(format!("/proc/{}/root{}", shell.0.id(), words(&at)));
+    let lifeline = Lifeline::to(&there);
     freezes(&place, &[disk.dev], &[&there], &[&at]);
     // In a chroot's own table paths begin elsewhere.
+    drop(lifeline);
     drop(shell);
     let one = Mounted::new(disk, &at);
     let _shell = Shell::new(&["unshare", "--mount", "--propagation", "private", "--root", "/"], "true");
@@ -138,14 +140,16 @@ fn beneath_other_mounts() {
         return;
     }
     let place = Place::new();
-    let one = place.mounted("ext4", "at");
+    let mut one = place.mounted("ext4", "at");
+    one.point.without_lifeline();
     let other = place.disk("other", 16);
     mkfs("ext4", &other.path);
     let bound = place.folder("bound");
-    let through = Point::new(one.at(), &bound, &["--bind"]);
+    let mut through = Point::new(one.at(), &bound, &["--bind"]);
     // The path of `one` now leads to `other`, which is not asked for.
     let over = Point::new(&other.path, one.at(), &[]);
     freezes(&place, &[one.dev()], &[&bound], &[one.at()]);
+    through.without_lifeline();
 
     // No path leads there any more, only a process that was there before.
     drop(over);
@@ -174,7 +178,8 @@ fn unmounted_while_in_use() {
         let disk = place.disk("image", size_of(kind));
         mkfs(kind, &disk.path);
         let at = place.folder("at");
-        let point = Point::new(&disk.path, &at, &[]);
+        let mut point = Point::new(&disk.path, &at, &[]);
+        point.without_lifeline();
         let shell = Shell::new(&["env"], &format!("cd {}", words(&at)));
         tool("umount", &["--lazy", words(&at)]);
         let found = find(&[disk.dev]);

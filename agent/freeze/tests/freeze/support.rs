@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use backhaul_freeze::{Freezer, Helper, Options};
@@ -165,19 +166,50 @@ impl Drop for Disk {
     }
 }
 
+/// Everything that a test mounted and did not give back, in that order.
+static MOUNTED: Mutex<Vec<Weak<fs::File>>> = Mutex::new(Vec::new());
+
+/// A way onto a file system by which it is thawed when a test ends, also one that failed.
+#[derive(Clone)]
+pub struct Lifeline(Arc<fs::File>);
+
+impl Lifeline {
+    pub fn to(at: &Path) -> Self {
+        let file = Arc::new(fs::File::open(at).expect("a folder"));
+        MOUNTED.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&file));
+        Self(file)
+    }
+}
+
+impl Drop for Lifeline {
+    /// Of all: to thaw a file system in an image is to write to the one that the image lies on, which comes first.
+    fn drop(&mut self) {
+        for file in MOUNTED.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade) {
+            while backhaul_volume::frozen::thaw(&*file).is_ok() {}
+        }
+        while backhaul_volume::frozen::thaw(&*self.0).is_ok() {}
+    }
+}
+
 /// A mount point; thawed before it is unmounted, since umount waits for a frozen file system.
-pub struct Point(pub PathBuf);
+pub struct Point(pub PathBuf, Option<Lifeline>);
 
 impl Point {
     #[track_caller]
     pub fn new(what: &Path, at: &Path, options: &[&str]) -> Self {
         tool("mount", &[options, &[text(what), text(at)]].concat());
-        Self(at.into())
+        Self(at.into(), Some(Lifeline::to(at)))
+    }
+
+    /// Has nothing open there any more, for tests of how one gets there.
+    pub fn without_lifeline(&mut self) {
+        self.1 = None;
     }
 }
 
 impl Drop for Point {
     fn drop(&mut self) {
+        self.1 = None;
         thaw(&self.0);
         let gone = (0..50).any(|n| {
             std::thread::sleep(Duration::from_millis(u64::from(n > 0) * 20));
