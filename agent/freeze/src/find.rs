@@ -124,7 +124,7 @@ impl<'a> Search<'a> {
         for (mounts, devices) in self.groups.values() {
             let Some(level) = devices.iter().filter_map(|d| self.levels.get(d)).max() else { continue };
             used.extend(devices.iter().copied());
-            let superblock = self.describe(mounts, devices, *level);
+            let superblock = self.describe(asked, mounts, devices, *level);
             let why = if FREEZABLE.contains(&superblock.kind.as_str()) {
                 match open_any(mounts, devices) {
                     Some(fd) => {
@@ -153,7 +153,7 @@ impl<'a> Search<'a> {
         Ok((found, fds))
     }
 
-    fn describe(&self, mounts: &[&Mount], devices: &[Dev], level: u32) -> Superblock {
+    fn describe(&self, asked: &[Dev], mounts: &[&Mount], devices: &[Dev], level: u32) -> Superblock {
         let points: BTreeSet<PathBuf> = mounts.iter().map(|m| for_people(&m.point)).collect();
         // Arbitrary: containers can make it thousands, and it is for people.
         let points = points.into_iter().take(16);
@@ -161,11 +161,22 @@ impl<'a> Search<'a> {
             kind: mounts[0].kind.clone(),
             dev: mounts[0].dev,
             devices: devices.to_vec(),
-            outside: devices.iter().filter(|d| !self.levels.contains_key(d)).copied().collect(),
+            outside: self.outside(asked, devices),
             mounts: points.collect(),
             read_only: mounts[0].is_read_only(),
             level,
         }
+    }
+
+    /// Of these devices and those beneath them (a volume group over two disks) the ones that were not asked for.
+    fn outside(&self, asked: &[Dev], devices: &[Dev]) -> Vec<Dev> {
+        let foreign = |d: &Dev| !self.levels.contains_key(d);
+        // What an asked device lies on need not be asked for.
+        let beneath_asked: BTreeSet<Dev> = asked.iter().flat_map(Dev::below).collect();
+        let beneath = devices.iter().filter(|d| !foreign(d)).flat_map(|d| d.below().split_off(1));
+        let beneath = beneath.filter(|d| d.below().len() == 1 && !beneath_asked.contains(d));
+        let all: BTreeSet<Dev> = devices.iter().copied().chain(beneath).filter(foreign).collect();
+        all.into_iter().collect()
     }
 
     fn swap(&mut self, found: &mut Found, used: &mut BTreeSet<Dev>) {

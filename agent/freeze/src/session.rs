@@ -44,6 +44,8 @@ const NONE: u64 = u64::MAX;
 
 impl Work {
     fn run(&self) {
+        // Also if it panics: whoever keeps the time then thaws what this thread was at.
+        let _done = Done(&self.done);
         let mut count = [0; 8];
         if rustix::io::read(&self.go, &mut count).is_ok() {
             self.begun.store(Instant::now().0, Ordering::SeqCst);
@@ -58,7 +60,6 @@ impl Work {
                 }
             }
         }
-        let _ = rustix::io::write(&self.done, &u64::to_ne_bytes(1));
     }
 
     fn one(&self, index: usize) -> Result<(), Errno> {
@@ -97,6 +98,14 @@ impl Work {
             NONE => None,
             both => Some(((both >> 32) as usize, both as u32 as i32)),
         }
+    }
+}
+
+struct Done<'a>(&'a OwnedFd);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        let _ = rustix::io::write(self.0, &u64::to_ne_bytes(1));
     }
 }
 

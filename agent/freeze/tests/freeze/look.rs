@@ -255,6 +255,27 @@ fn images_on_file_systems_come_first() {
 }
 
 #[test]
+fn devices_on_devices() {
+    if !can_run("devices_on_devices") {
+        return;
+    }
+    let place = Place::new();
+    let below = place.disk("image", 16);
+    let above = Disk::attach(&below.path);
+    mkfs("ext4", &above.path);
+    let one = Mounted::new(above, &place.folder("one"));
+    let other = place.mounted("ext4", "other");
+    for asked in [below.dev, one.dev()] {
+        let found = find(&[asked]);
+        assert_eq!(found.superblocks.len(), 1, "{found:#?}");
+        assert_eq!(found.superblocks[0].dev, one.dev());
+        assert!(found.superblocks[0].outside.is_empty() && found.caveats.is_empty(), "{found:#?}");
+        assert!(found.unmounted.is_empty() && found.not_freezable.is_empty(), "{found:#?}");
+        freezes(&place, &[asked], &[one.at()], &[other.at()]);
+    }
+}
+
+#[test]
 fn what_cannot_be_frozen_or_need_not_is_said() {
     if !can_run("what_cannot_be_frozen_or_need_not_is_said") {
         return;
