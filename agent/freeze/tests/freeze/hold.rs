@@ -143,6 +143,17 @@ fn an_agent_that_is_stopped_holds_nobody_up() {
     signal(agent.child.id(), Signal::CONT);
     assert_eq!(agent.line(), "broken Deadline", "I6");
     assert_thawed(one.at());
+
+    // Nor if its helper does not move either: the guard has a clock of its own.
+    let mut agent = Agent::start(Agent::command(HELPER.as_ref(), &place.at("run/journal"), [300, 60, 1], &[one.dev()]));
+    agent.go();
+    assert_eq!(agent.line(), "frozen");
+    [agent.child.id(), agent.helper].iter().for_each(|p| signal(*p, Signal::STOP));
+    let thawed = writes_within(one.at(), Duration::from_secs(2));
+    [agent.child.id(), agent.helper].iter().for_each(|p| signal(*p, Signal::CONT));
+    assert!(thawed, "I24");
+    assert!(agent.line().starts_with("broken Rescued"), "I6");
+    assert_thawed(one.at());
 }
 
 #[test]
