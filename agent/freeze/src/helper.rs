@@ -231,6 +231,10 @@ impl<'a> Server<'a> {
         wire::send(&self.client, Tag::Sync)
     }
 
+    pub(crate) fn levels(&self) -> Vec<u32> {
+        self.found.superblocks.iter().map(|s| s.level).collect()
+    }
+
     /// Whether the same file systems lie on the devices as before the freeze. One that came in between was not frozen.
     pub(crate) fn is_unchanged(&self) -> bool {
         find::find(&self.wanted.devices).is_ok_and(|(now, _)| essence(&now) == essence(&self.found))

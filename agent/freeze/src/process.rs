@@ -73,11 +73,10 @@ fn listen(journal: &Path, own_args: usize) -> io::Result<()> {
             return Ok(());
         }
         let client = rustix::net::accept_with(&stdin, rustix::net::SocketFlags::CLOEXEC)?;
-        // What one agent does wrong ends its connection, not the helper.
-        match Server::new(client, signals.as_fd(), journal, guard_command(journal, own_args)?).serve() {
-            Ok(End::Gone) => {}
-            Ok(End::Told) => return Ok(()),
-            Err(e) => eprintln!("freeze helper: {e}"),
+        // After an error systemd starts a new one: threads of the old may wait for ever, with file systems open.
+        match Server::new(client, signals.as_fd(), journal, guard_command(journal, own_args)?).serve()? {
+            End::Gone => {}
+            End::Told => return Ok(()),
         }
     }
 }

@@ -1,12 +1,12 @@
 //! One freeze, from the first FIFREEZE to the last FITHAW. Read first: [`Server::freeze`].
 //!
-//! FIFREEZE waits for writers and for a sync, and nothing ends the wait. So a thread of its own is in it while this one
-//! keeps the time. What a thread freezes too late it thaws at once.
+//! FIFREEZE waits for writers and for a sync, and nothing ends the wait. So threads of their own are in it, one for each
+//! superblock, while this one keeps the time. What a thread freezes too late it thaws at once.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use backhaul_seams::failpoint;
@@ -36,30 +36,49 @@ struct Work {
     begun: AtomicU64,
     /// Index and errno of what failed; [`NONE`] if nothing did.
     failed: AtomicU64,
-    /// Which one is under way.
-    at: AtomicU64,
+    /// Of each superblock, in the order of the journal: innermost first.
+    levels: Vec<u32>,
+    /// A level begins when the one before has ended.
+    step: Barrier,
 }
 
 const NONE: u64 = u64::MAX;
 
 impl Work {
+    /// Lets the others go, level after level, and says when all have ended.
     fn run(&self) {
-        // Also if it panics: whoever keeps the time then thaws what this thread was at.
+        // Also if it panics: whoever keeps the time then thaws what was frozen.
         let _done = Done(&self.done);
         let mut count = [0; 8];
-        if rustix::io::read(&self.go, &mut count).is_ok() {
-            self.begun.store(Instant::now().0, Ordering::SeqCst);
-            for index in 0..self.holding.len() {
-                self.at.store(index as u64, Ordering::SeqCst);
-                if let Err(errno) = self.one(index) {
-                    self.failed.store((index as u64) << 32 | u64::from(errno.raw_os_error() as u32), Ordering::SeqCst);
-                    break;
-                }
-                if self.abort.load(Ordering::SeqCst) {
-                    break;
-                }
+        let _ = rustix::io::read(&self.go, &mut count);
+        self.begun.store(Instant::now().0, Ordering::SeqCst);
+        for _ in self.steps() {
+            self.step.wait();
+        }
+        self.step.wait();
+    }
+
+    /// Freezes one superblock when its level has its turn. Those of one level at once: the kernel waits some 40 ms for a
+    /// grace period of RCU in each, and those who wait at the same time wait for the same one.
+    fn run_one(&self, index: usize) {
+        for level in self.steps() {
+            self.step.wait();
+            if level != self.levels[index] || self.abort.load(Ordering::SeqCst) || self.failed().is_some() {
+                continue;
+            }
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.one(index)));
+            if let Err(errno) = result.unwrap_or(Err(Errno::IO)) {
+                let failed = (index as u64) << 32 | u64::from(errno.raw_os_error() as u32);
+                let _ = self.failed.compare_exchange(NONE, failed, Ordering::SeqCst, Ordering::SeqCst);
             }
         }
+        self.step.wait();
+    }
+
+    /// The levels, innermost first, each once.
+    fn steps(&self) -> impl Iterator<Item = u32> + '_ {
+        let mut last = None;
+        self.levels.iter().copied().filter(move |level| last.replace(*level) != Some(*level))
     }
 
     fn one(&self, index: usize) -> Result<(), Errno> {
@@ -91,6 +110,10 @@ impl Work {
             holding.thaw_one(index, Who::Helper, Unfinished::Settle);
         }
         failed.and_then(|()| failpoint::reach(|| "freeze.one-recorded")).map_err(errno)
+    }
+
+    fn under_way(&self) -> usize {
+        self.holding.states().position(|s| s == State::Freezing).unwrap_or(0)
     }
 
     fn failed(&self) -> Option<(usize, i32)> {
@@ -134,7 +157,7 @@ impl Server<'_> {
         for index in 0..holding.len() {
             holding.set(index, State::Idle)?;
         }
-        let work = start(holding)?;
+        let work = start(holding, self.levels())?;
         let deadline = Instant::now() + limit;
         if guard.arm(deadline).is_err() {
             // The thread ends without having frozen anything.
@@ -254,7 +277,7 @@ impl Server<'_> {
         }
         let answer = match (session.working, work.failed(), session.why) {
             (false, Some((index, errno)), _) => Answer::errno(index, errno),
-            (_, _, Some(code)) => Answer { index: work.at.load(Ordering::SeqCst) as u8, ..Answer::new(code) },
+            (_, _, Some(code)) => Answer { index: work.under_way() as u8, ..Answer::new(code) },
             (false, None, None) => {
                 session.told = true;
                 let _ = wire::send(&self.client, Tag::Freeze);
@@ -267,7 +290,8 @@ impl Server<'_> {
     }
 }
 
-fn start(holding: Arc<Holding>) -> io::Result<Arc<Work>> {
+/// All threads, before anything is frozen.
+fn start(holding: Arc<Holding>, levels: Vec<u32>) -> io::Result<Arc<Work>> {
     let work = Arc::new(Work {
         holding,
         go: eventfd(0, EventfdFlags::CLOEXEC)?,
@@ -275,8 +299,13 @@ fn start(holding: Arc<Holding>) -> io::Result<Arc<Work>> {
         abort: AtomicBool::new(false),
         begun: AtomicU64::new(0),
         failed: AtomicU64::new(NONE),
-        at: AtomicU64::new(0),
+        step: Barrier::new(levels.len() + 1),
+        levels,
     });
+    for index in 0..work.levels.len() {
+        let shared = work.clone();
+        std::thread::Builder::new().stack_size(STACK).spawn(move || shared.run_one(index))?;
+    }
     let shared = work.clone();
     std::thread::Builder::new().stack_size(STACK).spawn(move || shared.run())?;
     Ok(work)
