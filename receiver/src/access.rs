@@ -336,6 +336,10 @@ pub async fn adopt(
     loop {
         let (head, hash) = log.head().await?;
         let seq = head.record.seq.next();
+        // No agent vouches for what it has seen: a gap of any length must show.
+        if log.is_gap(head.record.seq).await? {
+            return Err(ReadError::Log { seq, what: "it is missing, and there are records after it" }.into());
+        }
         let generation = Generation(
             head.record.generation.0.checked_add(1).ok_or(ReadError::Log { seq, what: "no generation is left" })?,
         );

@@ -27,8 +27,10 @@ use crate::store::{Kind, ObjectStore, StoreError};
 /// A small object's longest length: names, tokens, hints. All are under 300 bytes.
 pub const SMALL: usize = 4096;
 
-/// How far beyond the newest record another one is looked for: a gap is found unless what comes after it is less than
-/// about half as long. Whoever reads the whole log finds all of them.
+/// Records that a hint may be behind by: it is written half a minute after the last, and points are a second apart.
+pub(crate) const STALE_HINT: u64 = 64;
+/// How far beyond the newest record another one is looked for where the hint is new. A gap of up to four records is found
+/// unless one record follows it, one of 16 unless eight do. Whoever reads the whole log finds all of them.
 const PROBED_AHEAD: [u64; 11] = [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64];
 
 /// A store that holds recovery points.
@@ -132,7 +134,11 @@ impl GroupLog {
     }
 
     async fn exists(&self, seq: LogSeq) -> Result<bool, ReadError> {
-        match self.store.get_range(&self.keys.log(seq), 0..1).await {
+        self.is_there(&self.keys.log(seq)).await
+    }
+
+    pub(crate) async fn is_there(&self, key: &key::ObjectKey) -> Result<bool, ReadError> {
+        match self.store.get_range(key, 0..1).await {
             Ok(_) => Ok(true),
             Err(e) if e.kind() == Kind::NotFound => Ok(false),
             Err(e) => Err(e.into()),
@@ -181,7 +187,7 @@ impl GroupLog {
         loop {
             let first = self.first_to_ask(hint.unwrap_or_default()).await?;
             let newest = self.probe(first).await?;
-            let is_gap = match Some(first) == hint {
+            let is_gap = match Some(first) == hint && newest.0 - first.0 <= STALE_HINT {
                 true => self.is_gap_near(newest).await?,
                 false => self.is_gap(newest).await?,
             };
@@ -237,7 +243,7 @@ impl GroupLog {
 
     /// Numbers are contiguous: a record beyond the newest one that was found means that some between are gone. Nobody
     /// may write into such a gap, or take what lies before it for all there is. One LIST, which sees a gap of any length.
-    async fn is_gap(&self, newest: LogSeq) -> Result<bool, ReadError> {
+    pub(crate) async fn is_gap(&self, newest: LogSeq) -> Result<bool, ReadError> {
         let newest_key = self.keys.log(newest);
         let beyond = self.store.list(numbered_prefix(&newest_key), Some(&newest_key), 2).await?;
         let beyond = beyond.iter().filter_map(|(key, _)| number_of(key)).any(|seq| seq != newest.next());

@@ -10,13 +10,14 @@ use backhaul_cli::text;
 use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::digest::ObjectDigest;
 use backhaul_protocol::ids::LogSeq;
+use backhaul_protocol::limits::CHECKPOINT_INTERVAL;
 use backhaul_protocol::store::checkpoint::{Checkpoint, PointSummary};
 use backhaul_protocol::store::key::ObjectKey;
 use backhaul_protocol::store::log::{PointBody, Record, UnixMillis};
 use backhaul_protocol::wire::message::PointSpec;
 use tokio::task::JoinSet;
 
-use crate::catalog::{GroupLog, get_optional, number_of, numbered_prefix};
+use crate::catalog::{GroupLog, STALE_HINT, get_optional, number_of, numbered_prefix};
 use crate::read_error::ReadError;
 use crate::store::list_all;
 
@@ -27,8 +28,6 @@ const READ_AHEAD: usize = 16;
 /// Records in a gap of the log that are told one by one; of a longer gap the first ones and the last. A gap that long is
 /// no loss of records but a wrong number somewhere. Arbitrary.
 const MAX_GAP: u64 = 1000;
-/// Records that a hint may be behind by: one is written half a minute after the last, and points are a second apart.
-const STALE_HINT: u64 = 64;
 /// Records that are looked at one by one for the latest point, before the whole log is read. Arbitrary.
 const LOOK_BACK: u64 = 8;
 
@@ -289,9 +288,13 @@ impl GroupLog {
     async fn look_back(&self) -> Result<Option<LogSeq>, ReadError> {
         let hint = self.hint().await?;
         let newest = self.newest_from(hint).await?;
-        // No LIST where the hint is as new as it is while its writers live.
+        let next_checkpoint = LogSeq((newest.0 / CHECKPOINT_INTERVAL + 1) * CHECKPOINT_INTERVAL);
         let known = match hint {
-            Some(hint) if newest.0.saturating_sub(hint.0) <= STALE_HINT => Some(hint),
+            // No LIST where the hint is as new as it is while its writers live.
+            Some(hint) if newest.0.saturating_sub(hint.0) <= STALE_HINT => {
+                let beyond = self.is_there(&self.keys().checkpoint(next_checkpoint)).await?;
+                Some(if beyond { next_checkpoint } else { hint })
+            }
             _ => self.list(&self.keys().checkpoint(LogSeq(0))).await?.last().and_then(number_of),
         };
         if let Some(seq) = known.filter(|known| newest < *known) {

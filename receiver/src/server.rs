@@ -23,10 +23,11 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, GroupLog};
 use crate::credit::Credit;
 use crate::limits::Limits;
 use crate::quota::Quota;
+use crate::read_error::ReadError;
 use crate::round::{GroupState, RoundResources};
 use crate::seen::Seen;
 use crate::segment_writer::Budget;
@@ -84,7 +85,8 @@ pub struct GroupSlot {
     /// Held by the session that writes.
     pub state: Arc<AsyncMutex<GroupState>>,
     writer: Mutex<Writer>,
-    hint: Mutex<Hint>,
+    /// Apart from the slot: it is written while nobody waits.
+    pub hint: Arc<HeadHint>,
 }
 
 /// The head hint is written at most this often.
@@ -100,8 +102,18 @@ struct Groups {
     slots: HashMap<GroupId, Arc<GroupSlot>>,
     /// Of those that had one, or that an agent joined: the newest commit, where nothing was left on it that waits for the
     /// next session. No draft is looked for then.
-    clean: HashMap<GroupId, Option<CommitId>>,
+    clean: HashMap<GroupId, Option<Clean>>,
 }
+
+/// A commit on which nothing waits for the next session.
+#[derive(Clone, Copy, Debug)]
+struct Clean {
+    commit: CommitId,
+    since: Instant,
+}
+
+/// How long nobody is expected to have left a draft through another receiver: what it took meanwhile would be sent again.
+const CLEAN_FOR: Duration = Duration::from_secs(60);
 
 /// Which session is the group's writer.
 #[derive(Debug, Default)]
@@ -148,20 +160,6 @@ impl GroupSlot {
         }
         is_newest
     }
-
-    /// A record was appended that the hint does not tell of.
-    pub fn appended(&self, seq: LogSeq) {
-        lock(&self.hint).untold = Some(seq);
-    }
-
-    /// What the hint should say and does not; `None` where it was written a moment ago and more may come.
-    pub fn hint_due(&self, when: HintWhen) -> Option<LogSeq> {
-        let mut hint = lock(&self.hint);
-        let is_due = when == HintWhen::Now || hint.written.is_none_or(|t| t.elapsed() >= HINT_INTERVAL);
-        let due = hint.untold.take_if(|_| is_due)?;
-        hint.written = Some(Instant::now());
-        Some(due)
-    }
 }
 
 /// When the head hint is written.
@@ -173,11 +171,44 @@ pub enum HintWhen {
     Now,
 }
 
-/// What the head hint tells.
+/// What the head hint tells, and what it should.
 #[derive(Debug, Default)]
-struct Hint {
+pub struct HeadHint {
+    state: Mutex<HintState>,
+    /// Held while it is written: a slow write must not put an older one in the place of a newer one.
+    writing: AsyncMutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct HintState {
     written: Option<Instant>,
     untold: Option<LogSeq>,
+}
+
+impl HeadHint {
+    /// A record was appended that the hint does not tell of.
+    pub fn appended(&self, seq: LogSeq) {
+        lock(&self.state).untold = Some(seq);
+    }
+
+    /// Whether there is something to tell, and it is time.
+    pub fn is_due(&self, when: HintWhen) -> bool {
+        let hint = lock(&self.state);
+        hint.untold.is_some() && (when == HintWhen::Now || hint.written.is_none_or(|t| t.elapsed() >= HINT_INTERVAL))
+    }
+
+    /// Writes what is not told yet.
+    pub async fn write(&self, log: &GroupLog) -> Result<(), ReadError> {
+        let _one_at_a_time = self.writing.lock().await;
+        let Some(seq) = lock(&self.state).untold.take() else { return Ok(()) };
+        lock(&self.state).written = Some(Instant::now());
+        let written = log.write_hint(seq).await;
+        if written.is_err() {
+            // Unless there is a newer one.
+            lock(&self.state).untold.get_or_insert(seq);
+        }
+        written
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -266,31 +297,40 @@ impl Shared {
     pub fn slot(shared: &Arc<Self>, group: GroupId) -> SlotInUse {
         let mut groups = lock(&shared.groups);
         let Groups { slots, clean } = &mut *groups;
+        let sharing = shared.catalog.format.sharing;
+        let is_new = |clean: &Clean| sharing == Sharing::OneReceiver || clean.since.elapsed() < CLEAN_FOR;
         let mut new = || {
+            let clean = clean.remove(&group).flatten().filter(is_new).map(|clean| clean.commit);
             Arc::new(GroupSlot {
-                state: Arc::new(AsyncMutex::new(GroupState::new(
-                    shared.catalog.log(group),
-                    clean.remove(&group).flatten(),
-                ))),
+                state: Arc::new(AsyncMutex::new(GroupState::new(shared.catalog.log(group), clean))),
                 writer: Mutex::default(),
-                hint: Mutex::default(),
+                hint: Arc::default(),
             })
         };
         let slot = match planted(Mutant::GroupsNotShared) {
             false => slots.entry(group).or_insert_with(new).clone(),
             true => new(),
         };
-        SlotInUse { shared: shared.clone(), group, slot }
+        SlotInUse { shared: shared.clone(), group, slot: Some(slot) }
     }
 
-    /// An agent joined the group here. If nobody has been seen to write to it, its first record has no draft yet that is
-    /// worth looking for.
-    pub async fn joined(&self, group: GroupId) {
-        let Ok(Some((create, _))) = self.catalog.log(group).read(LogSeq(0)).await else { return };
+    /// An agent joined the group here. If it is new, its first session need not look for a draft.
+    pub async fn joined(&self, group: GroupId) -> Result<(), ReadError> {
+        let log = self.catalog.log(group);
+        let Some((create, _)) = log.read(LogSeq(0)).await? else { return Ok(()) };
+        let keys = log.keys();
+        for prefix in [keys.draft_segments(create.generation, LogSeq(0)), keys.draft_maps(create.generation, LogSeq(0))]
+        {
+            if !self.catalog.store.list(&prefix, None, 1).await?.is_empty() {
+                return Ok(());
+            }
+        }
         let mut groups = lock(&self.groups);
         if !groups.slots.contains_key(&group) && groups.clean.len() < MAX_CLEAN {
-            groups.clean.entry(group).or_insert(Some(create.commit));
+            let clean = Clean { commit: create.commit, since: Instant::now() };
+            groups.clean.entry(group).or_insert(Some(clean));
         }
+        Ok(())
     }
 
     /// Groups of which something is remembered.
@@ -317,28 +357,30 @@ impl Shared {
 pub struct SlotInUse {
     shared: Arc<Shared>,
     group: GroupId,
-    slot: Arc<GroupSlot>,
+    /// Until it is dropped.
+    slot: Option<Arc<GroupSlot>>,
 }
 
 impl std::ops::Deref for SlotInUse {
     type Target = GroupSlot;
     fn deref(&self) -> &GroupSlot {
-        &self.slot
+        self.slot.as_deref().expect("only `drop` takes it")
     }
 }
 
 impl Drop for SlotInUse {
     fn drop(&mut self) {
         let mut groups = lock(&self.shared.groups);
-        // The map's and this one: all others are made under the same lock.
-        if Arc::strong_count(&self.slot) > 2 {
-            return;
-        }
+        // All others are made and dropped under the same lock, but for the map's.
+        drop(self.slot.take());
+        let Some(slot) = groups.slots.get(&self.group).filter(|slot| Arc::strong_count(slot) == 1) else { return };
+        let commit = slot.state.try_lock().ok().and_then(|state| state.clean());
         groups.slots.remove(&self.group);
-        let clean = self.slot.state.try_lock().ok().and_then(|state| state.clean());
-        if groups.clean.len() < MAX_CLEAN {
-            groups.clean.insert(self.group, clean);
+        let clean = commit.map(|commit| Clean { commit, since: Instant::now() });
+        if groups.clean.len() >= MAX_CLEAN {
+            groups.clean.clear();
         }
+        groups.clean.insert(self.group, clean);
     }
 }
 
@@ -464,7 +506,7 @@ mod tests {
         let own = GroupId([1; 16]);
         let (one, two) = (Shared::slot(&server.shared, own), Shared::slot(&server.shared, own));
         let other = Shared::slot(&server.shared, GroupId([2; 16]));
-        assert!(Arc::ptr_eq(&one.slot, &two.slot), "sessions of one group share what is known");
+        assert!(std::ptr::eq(&*one, &*two), "sessions of one group share what is known");
         assert_eq!(server.shared.groups_in_use(), 2);
         drop((one, other));
         assert_eq!(server.shared.groups_in_use(), 1);

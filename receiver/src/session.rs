@@ -161,9 +161,6 @@ async fn serve_stranger(
     let answer = match message.map_err(|_| TransportError::Timeout(PATIENCE))?? {
         Some(AgentMessage::Join(join)) => {
             let joined = access::join(&shared.catalog, &shared.authority.0, &join, clock::now()).await;
-            if let Ok(joined) = &joined {
-                has_joined(shared, joined).await;
-            }
             joined.map_err(|e| e.refusal())
         }
         _ => Err(refusal(Reason::Authentication, "this agent shows no certificate: join first")),
@@ -172,13 +169,21 @@ async fn serve_stranger(
     if let Err(refused) = &answer {
         tracing::warn!(reason = %refused, "refused to let a server join");
     }
+    let joined = answer.as_ref().ok().cloned();
     sender.send(&answer.map_or_else(ReceiverMessage::Refused, ReceiverMessage::Joined)).await?;
+    if let Some(joined) = joined
+        && tokio::time::timeout(LOOK_UP, has_joined(shared, &joined)).await.is_err()
+    {
+        tracing::warn!("could not note in time that an agent joined");
+    }
     farewell(sender, receiver).await;
     Ok(code)
 }
 
 async fn has_joined(shared: &Shared, joined: &Joined) {
-    shared.joined(joined.group).await;
+    if let Err(error) = shared.joined(joined.group).await {
+        tracing::warn!(%error, "could not look whether the group is new; its first session looks");
+    }
     if let Some(Ok(identity)) = joined.certificates.first().map(|certificate| agent_identity(certificate))
         && let Err(error) = shared.seen.note(&*shared.catalog.store, &identity).await
     {

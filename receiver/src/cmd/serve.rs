@@ -26,6 +26,8 @@ pub async fn run(args: ServeArgs, ctx: &Context, _out: Output) -> anyhow::Result
     let authority = ctx.authority()?;
     let _lock = durable::lock(&ctx.config.state.join("lock"))?;
     let catalog = ctx.catalog().await?;
+    // Without the right to list, what is missing looks forbidden: said now and not to every agent.
+    catalog.store.list("", None, 1).await?;
     let presence = match catalog.format.sharing {
         Sharing::ManyReceivers => None,
         Sharing::OneReceiver => Some(Presence::claim(catalog.store.clone()).await?),

@@ -321,7 +321,7 @@ impl Session {
         let committed = committed?;
         held.is_true = true;
         let log = held.state.log().clone();
-        self.slot.appended(committed.seq);
+        self.slot.hint.appended(committed.seq);
         drop(held);
         self.reply(ReceiverMessage::Committed(committed)).await;
         tracing::info!(group = %log.group(), point = committed.seq.0, "committed");
@@ -333,10 +333,11 @@ impl Session {
 
     /// Writes the head hint where it is due. Nobody waits for it.
     fn tell_head(&self, when: HintWhen) {
-        if let Some(seq) = self.slot.hint_due(when) {
+        let hint = self.slot.hint.clone();
+        if hint.is_due(when) {
             let log = self.shared.catalog.log(self.identity.group);
             tokio::spawn(async move {
-                if let Err(error) = log.write_hint(seq).await {
+                if let Err(error) = hint.write(&log).await {
                     tracing::warn!(%error, "could not write the head hint; readers probe a little longer");
                 }
             });
