@@ -24,6 +24,7 @@ use rustix::io::Errno;
 
 use super::{Kind, MissingRoot, ObjectStore, StoreError, Verb, check_key, check_prefix, range_len};
 
+mod direct;
 mod read;
 #[cfg(test)]
 mod tests;

@@ -9,6 +9,7 @@ use rustix::buffer::spare_capacity;
 use rustix::fs::{AtFlags, Dir, FileType, OFlags};
 use rustix::io::Errno;
 
+use super::direct::{self, DIRECT_FROM};
 use super::{Root, failure};
 use crate::store::{Kind, StoreError, Verb, range_len, too_long, too_short};
 
@@ -61,8 +62,14 @@ impl Root {
     }
 }
 
-/// Reads into memory that is allocated once and not zeroed first.
+/// Reads into memory that is allocated once.
 fn read_exactly(verb: Verb, key: &ObjectKey, file: &OwnedFd, start: u64, len: usize) -> Result<Bytes, StoreError> {
+    let fail = |errno| failure(verb, key, "read the file", errno);
+    if len >= DIRECT_FROM
+        && let Some(body) = direct::read(file, start, len).map_err(fail)?
+    {
+        return Ok(body);
+    }
     let mut body: Vec<u8> = Vec::new();
     body.try_reserve_exact(len).map_err(|error| {
         StoreError::new(Kind::Unavailable, verb, key, format!("no memory for {len} bytes")).because(error)
@@ -71,7 +78,7 @@ fn read_exactly(verb: Verb, key: &ObjectKey, file: &OwnedFd, start: u64, len: us
         let offset = start + body.len() as u64;
         match rustix::io::pread(file, spare_capacity(&mut body), offset) {
             Err(Errno::INTR) => {}
-            Err(errno) => return Err(failure(verb, key, "read the file", errno)),
+            Err(errno) => return Err(fail(errno)),
             // It had that size a moment ago, and objects do not shrink.
             Ok(0) => return Err(too_short(key, offset, &(start..start + len as u64))),
             Ok(_) => {}

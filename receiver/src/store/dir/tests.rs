@@ -250,3 +250,42 @@ async fn what_can_be_seen_is_flushed_before_it_is_told() {
     assert_eq!(flushed.lock().unwrap().len(), 0);
     assert_eq!(store.get(&key("a/b/c"), 100).await.unwrap(), "left by a killed writer", "reading goes on");
 }
+
+#[tokio::test]
+async fn large_objects_of_any_length_come_back_from_any_offset() {
+    let (_dir, store) = store().await;
+    let unit = backhaul_volume::buffer::ALIGNMENT;
+    let from = direct::DIRECT_FROM;
+    for len in [from - 1, from, from + 1, from + unit - 1, (4 << 20) - unit, (4 << 20) + 13] {
+        let key = key(&format!("large/{len}"));
+        let body: Vec<u8> = (0..len).map(|i| (i % 251) as u8 ^ (i >> 12) as u8).collect();
+        store.put_new(&key, Bytes::from(body.clone())).await.unwrap();
+        assert!(store.get(&key, len).await.unwrap() == body, "{len} bytes");
+        let ends = [from, from + 1, len / 2, len - unit, len - 1, len];
+        for (start, end) in [0, 1, unit - 1, unit, unit + 1, 3 * unit].into_iter().flat_map(|s| ends.map(|e| (s, e))) {
+            if end < start || end > len {
+                continue;
+            }
+            let got = store.get_range(&key, start as u64..end as u64).await.unwrap();
+            assert!(got == body[start..end], "{start} to {end} of {len}");
+        }
+        let beyond = store.get_range(&key, 1..len as u64 + 1).await.unwrap_err();
+        assert_eq!(beyond.kind(), Kind::Corrupt, "{beyond}");
+    }
+}
+
+#[tokio::test]
+async fn large_objects_do_not_stay_in_the_page_cache() {
+    let (_dir, store) = store().await;
+    let body = vec![7; 8 << 20];
+    store.put_new(&key("large"), Bytes::from(body)).await.unwrap();
+    store.get(&key("large"), 8 << 20).await.unwrap();
+    let path = store.root.path.join("large");
+    let kind = std::process::Command::new("stat").args(["-f", "-c", "%T"]).arg(&path).output().unwrap();
+    if kind.stdout.starts_with(b"tmpfs") {
+        return;
+    }
+    let pages = std::process::Command::new("fincore").args(["-n", "-b", "-o", "RES"]).arg(&path).output().unwrap();
+    let cached: usize = String::from_utf8(pages.stdout).unwrap().trim().parse().unwrap();
+    assert!(cached < 1 << 20, "{cached} bytes are cached");
+}

@@ -9,7 +9,6 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -20,7 +19,7 @@ use backhaul_seams::failpoint;
 use rustix::fs::{AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::{DIR_MODE, FILE_MODE, Root, TMP, failure, split};
+use super::{DIR_MODE, FILE_MODE, Root, TMP, direct, failure, split};
 use crate::store::{Kind, StoreError, Verb};
 
 /// An unlocked temp file is left alone when it is younger than this: its writer may not have locked it yet. Arbitrary;
@@ -126,10 +125,10 @@ impl Root {
         let name = uuid::Uuid::now_v7().simple().to_string();
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(folder, &name, flags, FILE_MODE).map_err(fail)?;
-        let mut temp = Temp { folder, name, file: File::from(file), gone: false };
+        let temp = Temp { folder, name, file: File::from(file), gone: false };
         // Without locks in this file system its age protects it.
         let _ = rustix::fs::flock(&temp.file, FlockOperation::NonBlockingLockExclusive);
-        temp.file.write_all(body).map_err(|error| fail(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+        direct::write_all(&temp.file, body).map_err(|error| fail(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
         step(verb, key, "written")?;
         self.flush(verb, key, &temp.file)?;
         step(verb, key, "flushed")?;
