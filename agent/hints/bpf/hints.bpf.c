@@ -144,20 +144,27 @@ checked_alone int mark(u32 slot, u64 sector, u64 sectors) {
   return 0;
 }
 
-static inline void mark_all(struct table *t, u32 dev, u64 sector, u64 sectors) {
+// The same in all volumes on a disk.
+checked_alone int mark_all(u32 dev, u64 sector, u64 sectors) {
+  struct table *t = the_table();
+  if (!t) return 0;
   u32 n = t->count;
   for (u32 i = 0; i < VOLUMES; i++) {
     if (i >= n) break;
     if (t->dev[i] == dev) mark(i, sector, sectors);
   }
+  return 0;
 }
 
-static inline void count_all(struct table *t, u32 dev, u32 what, int bios_only) {
+checked_alone int count_all(u32 dev, u32 what, int bios_only) {
+  struct table *t = the_table();
+  if (!t) return 0;
   u32 n = t->count;
   for (u32 i = 0; i < VOLUMES; i++) {
     if (i >= n) break;
     if (t->dev[i] == dev && (!bios_only || t->slot[i].kind == KIND_BIOS)) count(i, what);
   }
+  return 0;
 }
 
 // A flush that carries data is an OP_WRITE.
@@ -190,12 +197,11 @@ SEC("tp_btf/block_rq_complete") int rq_complete(u64 *ctx) {
   } else {
     disk = rq->q->disk;
   }
-  struct table *t = the_table();
   // A queue without a disk takes a controller's own commands.
-  if (!disk || !t) return 0;
+  if (!disk) return 0;
   u32 dev = disk->part0->bd_dev;
   if (!has_range(op)) {
-    count_all(t, dev, COMMANDS, 0);
+    count_all(dev, COMMANDS, 0);
     return 0;
   }
   // The end of a flush that followed its data, which was marked when it landed.
@@ -205,18 +211,18 @@ SEC("tp_btf/block_rq_complete") int rq_complete(u64 *ctx) {
     // Discards are merged although they do not touch: the request's sector is only the first's.
     for (u32 i = 0; i < MAX_RANGES; i++) {
       if (!bio) return 0;
-      mark_all(t, dev, bio->bi_iter.bi_sector, bio->bi_iter.bi_size >> 9);
+      mark_all(dev, bio->bi_iter.bi_sector, bio->bi_iter.bi_size >> 9);
       bio = bio->bi_next;
     }
-    if (bio) count_all(t, dev, LOST, 0);
+    if (bio) count_all(dev, LOST, 0);
     return 0;
   }
   u64 sector = rq->__sector;
   if (sector == ~0ull) {
-    count_all(t, dev, LOST, 0);
+    count_all(dev, LOST, 0);
     return 0;
   }
-  mark_all(t, dev, sector, ((u64)bytes + 511) >> 9);
+  mark_all(dev, sector, ((u64)bytes + 511) >> 9);
   return 0;
 }
 
@@ -235,11 +241,11 @@ SEC("tp_btf/block_bio_queue") int bio_queue(u64 *ctx) {
     if (i == VOLUMES - 1) return 0;
   }
   if (!has_range(op)) {
-    count_all(t, flight.dev, COMMANDS, 1);
+    count_all(flight.dev, COMMANDS, 1);
     return 0;
   }
   u64 key = (u64)bio;
-  if (flight.sectors && bpf_map_update_elem(&flights, &key, &flight, 0)) count_all(t, flight.dev, LOST, 1);
+  if (flight.sectors && bpf_map_update_elem(&flights, &key, &flight, 0)) count_all(flight.dev, LOST, 1);
   return 0;
 }
 
@@ -256,18 +262,18 @@ SEC("tp_btf/block_bio_complete") int bio_complete(u64 *ctx) {
     if (kept) {
       struct flight flight = *kept;
       bpf_map_delete_elem(&flights, &key);
-      mark_all(t, flight.dev, flight.sector, flight.sectors);
+      mark_all(flight.dev, flight.sector, flight.sectors);
       return 0;
     }
   }
   u32 dev = disk_of(bio), sectors = bio->bi_iter.bi_size >> 9;
   if (!has_range(op) || !sectors) return 0;
-  mark_all(t, dev, bio->bi_iter.bi_sector, sectors);
+  mark_all(dev, bio->bi_iter.bi_sector, sectors);
   if (!t->bios) return 0;
   // A part that was split off; the whole is marked when the last part is done. Anything else was under way before the
   // device was tracked, and may have been cut.
   u64 whole = (u64)bio->bi_private;
-  if (!bpf_map_lookup_elem(&flights, &whole)) count_all(t, dev, STRANGERS, 1);
+  if (!bpf_map_lookup_elem(&flights, &whole)) count_all(dev, STRANGERS, 1);
   return 0;
 }
 

@@ -206,9 +206,10 @@ pub fn without_variables(data: &[u8]) -> Result<Vec<u8>, BadTypes> {
         if kind == INT {
             out[at + 12..at + 16].copy_from_slice(&32u32.to_le_bytes());
         }
-        // Members must not lie beyond their structure; its own size is of no matter.
         for member in 0..rest as usize {
             let at = at + 12 + 12 * member;
+            // Type, offset and size become name, type and offset. None must lie beyond its structure.
+            out.copy_within(at..at + 4, at + 4);
             out[at..at + 4].fill(0);
             out[at + 8..at + 12].fill(0);
         }

@@ -52,7 +52,7 @@ impl Programs {
         btf::relocate(&own, &object.btf_ext, &kernel, &mut functions).map_err(bad_kernel)?;
         object.functions = functions;
         let types = btf::function_types(&own, &object.btf_ext).map_err(bad_kernel)?;
-        let btf = sys::btf_load(&btf_bytes).map_err(Unavailable::io("hand the program's types to the kernel"))?;
+        let btf = sys::btf_load(&btf_bytes).map_err(|(error, log)| refused("types", error, &log))?;
         std::fs::create_dir(folder).map_err(Unavailable::io("make a folder in bpffs"))?;
         let (mut programs, mut links) = (Vec::new(), Vec::new());
         for tracepoint in TRACEPOINTS {

@@ -220,19 +220,31 @@ pub fn program_load(program: &Program<'_>) -> Result<OwnedFd, (io::Error, String
             pad: 0,
         }))
     };
-    load(&mut []).map_err(|error| {
-        // 16 MiB, the most that old kernels take; the end is what tells.
-        let mut log = vec![0; (16 << 20) - 1];
-        let _ = load(&mut log);
-        let text: Vec<u8> = log.into_iter().take_while(|b| *b != 0).collect();
-        (error, String::from_utf8_lossy(&text).into_owned())
-    })
+    load(&mut []).map_err(|error| (error, logged(load)))
 }
 
-/// Gives the kernel a program's types.
-pub fn btf_load(btf: &[u8]) -> io::Result<OwnedFd> {
-    let size = btf.len() as u32;
-    descriptor(bpf(BTF_LOAD, &BtfLoad { btf: btf.as_ptr() as u64, log: 0, size, log_size: 0, log_level: 0, pad: 0 }))
+/// Gives the kernel a program's types; its words if it refuses.
+pub fn btf_load(btf: &[u8]) -> Result<OwnedFd, (io::Error, String)> {
+    let load = |log: &mut [u8]| {
+        descriptor(bpf(BTF_LOAD, &BtfLoad {
+            btf: btf.as_ptr() as u64,
+            log: if log.is_empty() { 0 } else { log.as_mut_ptr() as u64 },
+            size: btf.len() as u32,
+            log_size: log.len() as u32,
+            log_level: u32::from(!log.is_empty()),
+            pad: 0,
+        }))
+    };
+    load(&mut []).map_err(|error| (error, logged(load)))
+}
+
+/// What the kernel says of what it refuses.
+fn logged(load: impl Fn(&mut [u8]) -> io::Result<OwnedFd>) -> String {
+    // 16 MiB, the most that old kernels take; the end is what tells.
+    let mut log = vec![0; (16 << 20) - 1];
+    let _ = load(&mut log);
+    let text: Vec<u8> = log.into_iter().take_while(|b| *b != 0).collect();
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 /// Has the kernel call a program from now on, for as long as the result or a pin of it is there.
