@@ -197,7 +197,8 @@ fn symbol(raw: &[u8], names: &Bytes<'_>) -> Option<Symbol> {
 fn function(symbol: &Symbol, sections: &[Section<'_>]) -> Option<Function> {
     let section = sections.get(symbol.section)?;
     let range = symbol.offset..symbol.offset.checked_add(symbol.size)?;
-    let code = section.data.get(range.clone())?.chunks_exact(8).map(|c| [c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]);
+    let code =
+        section.data.get(range.clone())?.chunks_exact(8).map(|c| [c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]);
     let mut relocations = Vec::new();
     for table in sections.iter().filter(|s| s.kind == RELOCATIONS && s.info == symbol.section) {
         for raw in table.data.chunks_exact(16).map(Bytes) {

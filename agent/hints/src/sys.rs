@@ -195,30 +195,33 @@ pub struct Program<'a> {
 pub fn program_load(program: &Program<'_>) -> Result<OwnedFd, (io::Error, String)> {
     let license = CString::new(program.license).unwrap_or_default();
     let load = |log: &mut [u8]| {
-        descriptor(bpf(PROG_LOAD, &ProgLoad {
-            kind: PROG_TYPE_TRACING,
-            count: program.instructions.len() as u32,
-            instructions: program.instructions.as_ptr() as u64,
-            license: license.as_ptr() as u64,
-            log_level: u32::from(!log.is_empty()),
-            log_size: log.len() as u32,
-            log: if log.is_empty() { 0 } else { log.as_mut_ptr() as u64 },
-            kernel: 0,
-            flags: 0,
-            name: short(program.name),
-            interface: 0,
-            attach_type: ATTACH_RAW_TRACEPOINT,
-            btf: number(program.btf),
-            func_info_size: 8,
-            func_info: program.functions.as_ptr() as u64,
-            func_info_count: program.functions.len() as u32,
-            line_info_size: 0,
-            line_info: 0,
-            line_info_count: 0,
-            attach_type_id: program.attach_type_id,
-            attach_to: 0,
-            pad: 0,
-        }))
+        descriptor(bpf(
+            PROG_LOAD,
+            &ProgLoad {
+                kind: PROG_TYPE_TRACING,
+                count: program.instructions.len() as u32,
+                instructions: program.instructions.as_ptr() as u64,
+                license: license.as_ptr() as u64,
+                log_level: u32::from(!log.is_empty()),
+                log_size: log.len() as u32,
+                log: if log.is_empty() { 0 } else { log.as_mut_ptr() as u64 },
+                kernel: 0,
+                flags: 0,
+                name: short(program.name),
+                interface: 0,
+                attach_type: ATTACH_RAW_TRACEPOINT,
+                btf: number(program.btf),
+                func_info_size: 8,
+                func_info: program.functions.as_ptr() as u64,
+                func_info_count: program.functions.len() as u32,
+                line_info_size: 0,
+                line_info: 0,
+                line_info_count: 0,
+                attach_type_id: program.attach_type_id,
+                attach_to: 0,
+                pad: 0,
+            },
+        ))
     };
     load(&mut []).map_err(|error| (error, logged(load)))
 }
@@ -226,14 +229,17 @@ pub fn program_load(program: &Program<'_>) -> Result<OwnedFd, (io::Error, String
 /// Gives the kernel a program's types; its words if it refuses.
 pub fn btf_load(btf: &[u8]) -> Result<OwnedFd, (io::Error, String)> {
     let load = |log: &mut [u8]| {
-        descriptor(bpf(BTF_LOAD, &BtfLoad {
-            btf: btf.as_ptr() as u64,
-            log: if log.is_empty() { 0 } else { log.as_mut_ptr() as u64 },
-            size: btf.len() as u32,
-            log_size: log.len() as u32,
-            log_level: u32::from(!log.is_empty()),
-            pad: 0,
-        }))
+        descriptor(bpf(
+            BTF_LOAD,
+            &BtfLoad {
+                btf: btf.as_ptr() as u64,
+                log: if log.is_empty() { 0 } else { log.as_mut_ptr() as u64 },
+                size: btf.len() as u32,
+                log_size: log.len() as u32,
+                log_level: u32::from(!log.is_empty()),
+                pad: 0,
+            },
+        ))
     };
     load(&mut []).map_err(|error| (error, logged(load)))
 }

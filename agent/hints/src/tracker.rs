@@ -15,7 +15,7 @@ use crate::programs::{self, Maps, OBJECT, Programs};
 use crate::sys::{self, INNER, MAPPABLE, MapKind, MapShape, Shared};
 
 const BPFFS: &str = "/sys/fs/bpf";
-const BPFFS_MAGIC: i64 = 0xcafe_4a11;
+const BPFFS_MAGIC: u32 = 0xcafe_4a11;
 
 const TABLE: MapShape =
     MapShape { kind: MapKind::Array, key: 4, value: layout::TABLE as u32, entries: 1, flags: MAPPABLE };
@@ -321,7 +321,7 @@ fn wipe(folder: &Path) -> io::Result<()> {
 fn in_bpffs(pin: &Path) -> Result<(), Unavailable> {
     let is_bpffs = || {
         let there = pin.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
-        rustix::fs::statfs(there).is_ok_and(|s| s.f_type as i64 == BPFFS_MAGIC)
+        rustix::fs::statfs(there).is_ok_and(|s| s.f_type == BPFFS_MAGIC.into())
     };
     let no = |error: io::Error| Unavailable::NoBpfFs { path: pin.to_owned(), error };
     if is_bpffs() {
@@ -330,7 +330,8 @@ fn in_bpffs(pin: &Path) -> Result<(), Unavailable> {
     if !pin.starts_with(BPFFS) {
         return Err(no(io::Error::other("it is not in a BPF file system")));
     }
-    let flags = rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV | rustix::mount::MountFlags::NOEXEC;
+    let flags =
+        rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV | rustix::mount::MountFlags::NOEXEC;
     rustix::mount::mount("bpf", BPFFS, "bpf", flags, None).map_err(|e| no(e.into()))?;
     if is_bpffs() { Ok(()) } else { Err(no(io::Error::other("mounted, and it is still not there"))) }
 }

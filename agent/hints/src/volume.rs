@@ -175,7 +175,12 @@ impl Tracker {
 
 impl Inner {
     /// The pinned volume, or why it is not to be believed.
-    fn continued(&self, subject: &Subject, device: &Device, elements: Elements) -> io::Result<Result<(usize, Map), Doubt>> {
+    fn continued(
+        &self,
+        subject: &Subject,
+        device: &Device,
+        elements: Elements,
+    ) -> io::Result<Result<(usize, Map), Doubt>> {
         let pinned = match sys::pinned(&self.volume_path(subject.volume)) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Err(self.lost.unwrap_or(Doubt::NoPin))),
             pinned => pinned?,
@@ -408,7 +413,8 @@ fn kind(dev: Dev) -> Result<Kind, &'static str> {
     }
     let is_zram = whole.name().is_some_and(|n| n.starts_with("zram"));
     // The other levels hand on what they are given, and are not told when it is done.
-    let is_raid = whole.attribute("md/level").is_some_and(|l| ["raid1", "raid4", "raid5", "raid6", "raid10"].contains(&&*l));
+    let is_raid =
+        whole.attribute("md/level").is_some_and(|l| ["raid1", "raid4", "raid5", "raid6", "raid10"].contains(&&*l));
     if is_zram || is_raid || has("dm/name") {
         return Ok(Kind::Bios);
     }
