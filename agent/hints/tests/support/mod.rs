@@ -1,5 +1,6 @@
 //! Devices to write to and pins to remove: each test has its own, given back when dropped. Needs root and bpffs.
 #![allow(dead_code, reason = "each test uses a part")]
+#![allow(clippy::unwrap_used, reason = "as in tests, which say where it was")]
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -275,7 +276,8 @@ pub fn assert_all_marked(before: &[u64], after: &[u64], marked: &Blocks, what: &
 }
 
 pub fn seed() -> u64 {
-    let seed = std::env::var("BACKHAUL_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
+    let seed =
+        std::env::var("BACKHAUL_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
     println!("BACKHAUL_TEST_SEED={seed}");
     seed
 }
