@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-/// One bit for each block. Its memory is taken once, when it is made.
+/// One bit for each block. Its memory is taken once, when it is made, and all of it is written to then: using it later
+/// neither allocates nor faults, unless it was swapped out (`mlock`).
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Blocks {
     blocks: u64,
@@ -12,7 +13,10 @@ pub struct Blocks {
 impl Blocks {
     /// None of this many.
     pub fn none(blocks: u64) -> Self {
-        Self { blocks, words: vec![0; blocks.div_ceil(64) as usize] }
+        let mut none = Self { blocks, words: vec![u64::MAX; blocks.div_ceil(64) as usize] };
+        // Zeros from the allocator would be pages that are not there yet.
+        std::hint::black_box(&mut none.words).fill(0);
+        none
     }
 
     /// All of this many.

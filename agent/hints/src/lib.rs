@@ -51,6 +51,7 @@
 mod blocks;
 mod btf;
 mod doubt;
+#[allow(missing_docs, reason = "private, and the module tells it")]
 mod layout;
 mod object;
 mod programs;
@@ -61,10 +62,27 @@ mod volume;
 
 pub use blocks::Blocks;
 pub use doubt::{Doubt, TrackError, Unavailable};
-#[doc(hidden)]
-pub use programs::OBJECT;
 pub use tracker::{Options, Tracker};
 pub use volume::{Baseline, Start, Subject, Tracked};
+
+/// For tests: what lies beneath.
+#[doc(hidden)]
+pub mod testing {
+    use std::path::Path;
+    use std::sync::atomic::Ordering::SeqCst;
+
+    pub use crate::layout::{ABI, head, table};
+    pub use crate::programs::OBJECT;
+    use crate::sys;
+
+    /// Puts another word into a pinned map.
+    pub fn poke(pin: &Path, word: usize, value: u64) -> std::io::Result<()> {
+        let map = sys::pinned(pin)?;
+        let [_, _, _, bytes, entries] = sys::info(&map)?;
+        sys::Shared::new(&map, (bytes * entries) as usize)?.word(word).store(value, SeqCst);
+        Ok(())
+    }
+}
 
 /// A place where a test can end the process. The steps here cannot fail, so only that, and delays, have effect.
 fn reach(name: &'static str) {

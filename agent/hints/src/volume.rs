@@ -46,7 +46,7 @@ pub struct Subject {
 /// What tracking begins with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Start {
-    /// Everything written since the baseline is in [`Tracked::unsettled`] or comes with the next take.
+    /// Everything written since the baseline comes with the next take.
     Continued,
     /// Everything written from now on will be taken. What was written before is not known: scan in full.
     Fresh(Doubt),
@@ -96,8 +96,8 @@ pub struct Tracked {
     map_id: u64,
     map: Map,
     start: Start,
-    /// A process before may have died between taking a bit of the summary and what it stands for.
-    look_everywhere: AtomicBool,
+    /// Looks everywhere: a process before may have died between taking a bit of the summary and what it stands for.
+    first_take: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -168,8 +168,8 @@ impl Tracker {
             Err(error) => return Err(TrackError::Io { action: "open the pinned volume", error }),
         };
         let [_, id] = sys::info(&map.fd).map_err(TrackError::io("ask for a map's number"))?;
-        let (inner, look_everywhere) = (Arc::clone(inner), AtomicBool::new(true));
-        Ok(Tracked { inner, dev: subject.dev, device, blocks, slot, map_id: id.into(), map, start, look_everywhere })
+        let (inner, first_take) = (Arc::clone(inner), AtomicBool::new(true));
+        Ok(Tracked { inner, dev: subject.dev, device, blocks, slot, map_id: id.into(), map, start, first_take })
     }
 }
 
@@ -452,13 +452,15 @@ impl Tracked {
     }
 
     /// Adds the blocks that were written since the last take and gives their number. They are now pending until they
-    /// are [settled](Tracked::settle), in this process or a later one.
+    /// are [settled](Tracked::settle), in this process or a later one. The first take after [`Tracker::track`] begins
+    /// with what earlier processes took and did not settle.
     ///
     /// A block that is read after this returns is read as it was, or newer and then taken again. Neither allocates nor
-    /// touches a file nor faults, so that it can be used while file systems are frozen.
+    /// touches a file nor faults, so that it can be used while file systems are frozen. For one thread at a time: what
+    /// another one is taking is not seen.
     pub fn take_into(&self, out: &mut Blocks) -> Result<u64, Doubt> {
         assert!(out.capacity() == self.blocks, "a set of another volume's blocks");
-        let everywhere = self.look_everywhere.load(SeqCst);
+        let first = self.first_take.load(SeqCst);
         let mut taken = 0;
         for word in 0..self.map.elements.groups.div_ceil(64) {
             let summary = self.map.summary(word);
@@ -468,34 +470,36 @@ impl Tracked {
                 groups = summary.swap(0, SeqCst);
                 crate::reach("hints.take.summary");
             }
-            if everywhere {
+            if first {
                 groups = u64::MAX;
             }
             while groups != 0 {
                 let group = word * 64 + groups.trailing_zeros() as usize;
                 groups &= groups - 1;
                 if group < self.map.elements.groups {
-                    taken += self.take_group(group, out);
+                    taken += self.take_group(group, first, out);
                 }
             }
         }
-        self.look_everywhere.store(false, SeqCst);
+        self.first_take.store(false, SeqCst);
         self.doubt().map_or(Ok(taken), Err)
     }
 
-    fn take_group(&self, group: usize, out: &mut Blocks) -> u64 {
+    fn take_group(&self, group: usize, with_pending: bool, out: &mut Blocks) -> u64 {
         let mut taken = 0;
         let first = group * (GROUP / 64) as usize;
         for word in first..first + ELEMENT {
-            let bits = self.map.live(word).load(SeqCst);
-            if bits == 0 {
-                continue;
+            let mut bits = self.map.live(word).load(SeqCst);
+            if bits != 0 {
+                // In this order: a process that dies between the two leaves them in both.
+                self.map.pending(word).fetch_or(bits, SeqCst);
+                crate::reach("hints.take.pending");
+                self.map.live(word).fetch_and(!bits, SeqCst);
+                crate::reach("hints.take.live");
             }
-            // In this order: a process that dies between the two leaves them in both.
-            self.map.pending(word).fetch_or(bits, SeqCst);
-            crate::reach("hints.take.pending");
-            self.map.live(word).fetch_and(!bits, SeqCst);
-            crate::reach("hints.take.live");
+            if with_pending {
+                bits |= self.map.pending(word).load(SeqCst);
+            }
             taken += u64::from(bits.count_ones());
             if let Some(out) = out.words_mut().get_mut(word) {
                 *out |= bits;
@@ -504,14 +508,14 @@ impl Tracked {
         taken
     }
 
-    /// Whether nothing was written since the last take, as far as it was seen; ask for [doubts](Tracked::doubt) too.
-    /// As cheap as looking can be, and fit for a freeze as a take is.
+    /// Whether a take would find nothing, as far as it was seen; ask for [doubts](Tracked::doubt) too. As cheap as looking
+    /// can be, and fit for a freeze as a take is.
     pub fn is_clean(&self) -> bool {
-        let words = self.map.elements.groups.div_ceil(64);
-        if self.look_everywhere.load(SeqCst) {
-            return (0..self.map.elements.groups * ELEMENT).all(|word| self.map.live(word).load(SeqCst) == 0);
+        if self.first_take.load(SeqCst) {
+            let mut words = 0..self.map.elements.groups * ELEMENT;
+            return words.all(|word| self.map.live(word).load(SeqCst) | self.map.pending(word).load(SeqCst) == 0);
         }
-        (0..words).all(|word| self.map.summary(word).load(SeqCst) == 0)
+        (0..self.map.elements.groups.div_ceil(64)).all(|word| self.map.summary(word).load(SeqCst) == 0)
     }
 
     /// All that was taken and not settled, by earlier processes too.
@@ -527,7 +531,8 @@ impl Tracked {
     ///
     /// `read` must hold only blocks that were read after the last take that named them: one that was taken again after
     /// it was read stays unsettled. What is not in `read` stays as well. The baseline is recorded first: an index that
-    /// is older than it begins anew rather than miss what is cleared here.
+    /// is older than it begins anew rather than miss what is cleared here. After [`Start::Fresh`] the first settle says
+    /// that the full scan is done.
     pub fn settle(&self, read: &Blocks, baseline: Baseline) {
         assert!(read.capacity() == self.blocks, "a set of another volume's blocks");
         let selector = if self.map.head(head::SELECTOR) == 1 { 2 } else { 1 };
