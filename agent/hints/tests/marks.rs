@@ -346,8 +346,7 @@ fn a_take_neither_faults_nor_allocates_pages() {
     }
     let (pins, disk) = (Pins::new(), Loop::new(1 << 40));
     let tracked = track(&pins.open(), &disk.path, 1, None);
-    let mut blocks = Blocks::all(tracked.blocks());
-    blocks.clear();
+    let mut blocks = Blocks::none(tracked.blocks());
     for n in 0..1000 {
         write_at(&disk.path, n * (1 << 30), 4096);
     }
