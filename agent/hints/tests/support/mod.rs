@@ -243,21 +243,28 @@ pub fn write_at(device: &Path, at: u64, bytes: usize) {
 
 /// A number for what each block holds, read past all caches.
 pub fn contents(device: &Path) -> Vec<u64> {
-    let length = size_of(device);
-    let file = direct(device);
+    contents_of(device, &Blocks::all(size_of(device).div_ceil(BLOCK.into()))).into_iter().map(|(_, sum)| sum).collect()
+}
+
+/// The same of some blocks, with their numbers.
+pub fn contents_of(device: &Path, blocks: &Blocks) -> Vec<(u64, u64)> {
+    let (length, file, block) = (size_of(device), direct(device), u64::from(BLOCK));
     let mut buffer = Payload::new(4 << 20);
     let mut sums = Vec::new();
-    let mut at = 0;
-    while at < length {
-        let bytes = &mut buffer.bytes_mut()[..(length - at).min(4 << 20) as usize];
-        file.read_exact_at(bytes, at).unwrap();
-        sums.extend(bytes.chunks(BLOCK as usize).map(|c| {
-            let words = c.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().unwrap()));
-            words.fold(0u64, |sum, word| (sum.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15))
-        }));
-        at += bytes.len() as u64;
+    for range in blocks.ranges() {
+        for first in range.clone().step_by((4 << 20) / BLOCK as usize) {
+            let end = (range.end * block).min(length).min(first * block + (4 << 20));
+            let bytes = &mut buffer.bytes_mut()[..(end - first * block) as usize];
+            file.read_exact_at(bytes, first * block).unwrap();
+            sums.extend((first..).zip(bytes.chunks(BLOCK as usize).map(sum)));
+        }
     }
     sums
+}
+
+fn sum(bytes: &[u8]) -> u64 {
+    let words = bytes.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().unwrap()));
+    words.fold(0u64, |sum, word| (sum.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
 /// I7: every block that is not what it was is marked. Gives how many are.
