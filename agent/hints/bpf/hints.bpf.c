@@ -65,8 +65,9 @@ struct table {
   u32 pad[62];
   u32 dev[VOLUMES]; // of the whole disk; 0 is nobody
   struct slot slot[VOLUMES];
+  u64 seen[VOLUMES]; // sectors that completed requests of the slot's disk wrote or discarded
 };
-_Static_assert(sizeof(struct table) == 17920 && sizeof(struct slot) == 64, "src/layout.rs");
+_Static_assert(sizeof(struct table) == 19968 && sizeof(struct slot) == 64, "src/layout.rs");
 
 enum { KIND_REQUESTS = 0, KIND_BIOS = 1 };
 
@@ -167,6 +168,18 @@ checked_alone int count_all(u32 dev, u32 what, int bios_only) {
   return 0;
 }
 
+// Counts what the block layer is about to count itself, right after this event: the agent compares the two.
+checked_alone int see(u32 dev, u64 sectors) {
+  struct table *t = the_table();
+  if (!t) return 0;
+  u32 n = t->count;
+  for (u32 i = 0; i < VOLUMES; i++) {
+    if (i >= n) break;
+    if (t->dev[i] == dev) __sync_fetch_and_add(&t->seen[i], sectors);
+  }
+  return 0;
+}
+
 // A flush that carries data is an OP_WRITE.
 static inline int changes_nothing(u32 op) { return op == OP_READ || op == OP_FLUSH || op == OP_DRV_IN; }
 
@@ -206,6 +219,7 @@ SEC("tp_btf/block_rq_complete") int rq_complete(u64 *ctx) {
   }
   // The end of a flush that followed its data, which was marked when it landed.
   if (!bytes) return 0;
+  see(dev, bytes >> 9);
   struct bio *bio = rq->bio;
   if (op == OP_DISCARD && bio && bio->bi_next) {
     // Discards are merged although they do not touch: the request's sector is only the first's.

@@ -36,6 +36,12 @@ pub enum Doubt {
         /// Of all volumes, as far as they can be counted.
         events: u64,
     },
+    /// The block layer itself counted more than the program was told of, which nothing else shows.
+    #[error("the kernel wrote {sectors} sectors of which it did not tell")]
+    Unseen {
+        /// Of the whole disk, 512 bytes each.
+        sectors: u64,
+    },
     /// Somebody talks to the drive past the block layer (SG_IO, nvme-cli, persistent reservations).
     #[error("{commands} commands were sent to the drive directly, and what they changed cannot be known")]
     Commands {

@@ -8,7 +8,8 @@
 //! | 256..260 | slots that programs look at |
 //! | 260..264 | how many of these are devices without requests |
 //! | 512..1536 | for each slot the number of its whole disk; 0 is nobody. Written last when a slot is taken |
-//! | 1536.. | slots of 64 bytes, words of [`slot`] |
+//! | 1536..17920 | slots of 64 bytes, words of [`slot`] |
+//! | 17920.. | for each slot the sectors that completed requests of its disk wrote or discarded |
 //!
 //! A volume's map has elements of 512 bytes: its head (words of [`head`]), the summary (a bit for each group of 4096
 //! blocks), `live` (a bit for each block, set by the programs), `pending` (the same, the agent's own). One map holds all
@@ -28,7 +29,7 @@ pub const GROUP: u64 = 4096;
 /// Words of an element.
 pub const ELEMENT: usize = 64;
 /// Bytes of the table.
-pub const TABLE: usize = 17920;
+pub const TABLE: usize = 19968;
 /// Writes that can be under way to devices without requests; one more is a missed event. Arbitrary: 1.3 MB.
 pub const FLIGHTS: u32 = 16384;
 
@@ -55,6 +56,7 @@ pub mod table {
     pub const BIOS: usize = 65;
     pub const DEV: usize = 128;
     pub const SLOTS: usize = 192;
+    pub const SEEN: usize = 2240;
 }
 
 /// Words of a slot.
@@ -83,6 +85,9 @@ pub mod head {
     pub const BASELINES: [usize; 2] = [18, 21];
     /// Events that all volumes' programs had missed when this one began.
     pub const MISSED_SEEN: usize = 24;
+    /// What programs had seen of its disk when this one began, and what the block layer had counted.
+    pub const SEEN_BEFORE: usize = 25;
+    pub const COUNTED_BEFORE: usize = 26;
     /// Counted by the programs.
     pub const LOST: usize = 48;
     pub const COMMANDS: usize = 49;

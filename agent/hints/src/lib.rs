@@ -30,6 +30,10 @@
 //! pinned, another boot, device, size or place, an index that is older than what was settled, commands that go past the
 //! block layer.
 //!
+//! One more is for what the kernel itself does not notice: for devices with requests the programs count sectors, and the
+//! disk's own count of sectors written must not be ahead. The comparison is exact once the device is idle, as in a
+//! freeze; before, what is just being written can hide as much that was lost.
+//!
 //! # What is marked
 //!
 //! Everything that is not a read or a pure flush: writes, discards (also merged ones that do not touch), zeroing,
@@ -59,6 +63,7 @@ mod programs;
 mod sys;
 mod tracker;
 mod volume;
+mod witness;
 
 pub use blocks::Blocks;
 pub use doubt::{Doubt, TrackError, Unavailable};

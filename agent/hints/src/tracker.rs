@@ -142,6 +142,11 @@ impl Inner {
         self.table.word(table::SLOTS + slot * layout::slot::WORDS + word)
     }
 
+    /// Sectors that programs have seen written to a slot's disk.
+    pub fn seen(&self, slot: usize) -> u64 {
+        self.table.word(table::SEEN + slot).load(SeqCst)
+    }
+
     /// The number of the disk that a slot listens to; 0 is none.
     pub fn dev(&self, slot: usize) -> &std::sync::atomic::AtomicU32 {
         self.table.half(table::DEV + slot)

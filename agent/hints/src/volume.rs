@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::time::Duration;
 
 use backhaul_volume::sysfs::Dev;
 
@@ -16,6 +17,7 @@ use crate::doubt::{Doubt, TrackError};
 use crate::layout::{self, ELEMENT, Elements, GROUP, head, slot};
 use crate::sys::{self, Shared};
 use crate::tracker::{Inner, Tracker, has_shape, volume_shape};
+use crate::witness::Witness;
 
 const SECTOR: u64 = 512;
 
@@ -95,6 +97,7 @@ pub struct Tracked {
     slot: usize,
     map_id: u64,
     map: Map,
+    witness: Option<Witness>,
     start: Start,
     /// Looks everywhere: a process before may have died between taking a bit of the summary and what it stands for.
     first_take: AtomicBool,
@@ -159,17 +162,30 @@ impl Tracker {
         let _changing = inner.changing.lock().unwrap_or_else(|e| e.into_inner());
         let blocks = subject.length.div_ceil(u64::from(subject.block_size));
         let elements = Elements::of(blocks);
-        let (slot, map, start) = match inner.continued(subject, &device, elements) {
+        // Devices without requests count before they tell, and some at other moments.
+        let witness = if kind == Kind::Requests { Witness::of(subject.dev) } else { None };
+        let (slot, map, start) = match inner.continued(subject, &device, elements, witness.as_ref()) {
             Ok(Ok((slot, map))) => (slot, map, Start::Continued),
             Ok(Err(doubt)) => {
-                let (slot, map) = inner.fresh(subject, &device, elements, kind)?;
+                let (slot, map) = inner.fresh(subject, &device, elements, kind, witness.as_ref())?;
                 (slot, map, Start::Fresh(doubt))
             }
             Err(error) => return Err(TrackError::Io { action: "open the pinned volume", error }),
         };
         let [_, id] = sys::info(&map.fd).map_err(TrackError::io("ask for a map's number"))?;
         let (inner, first_take) = (Arc::clone(inner), AtomicBool::new(true));
-        Ok(Tracked { inner, dev: subject.dev, device, blocks, slot, map_id: id.into(), map, start, first_take })
+        Ok(Tracked {
+            inner,
+            dev: subject.dev,
+            device,
+            blocks,
+            slot,
+            map_id: id.into(),
+            map,
+            witness,
+            start,
+            first_take,
+        })
     }
 }
 
@@ -180,6 +196,7 @@ impl Inner {
         subject: &Subject,
         device: &Device,
         elements: Elements,
+        witness: Option<&Witness>,
     ) -> io::Result<Result<(usize, Map), Doubt>> {
         let pinned = match sys::pinned(&self.volume_path(subject.volume)) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Err(self.lost.unwrap_or(Doubt::NoPin))),
@@ -205,7 +222,7 @@ impl Inner {
         if !linked || !listens {
             return Ok(Err(Doubt::Damaged));
         }
-        let doubt = self.events_doubt(&map).or_else(|| match (map.baseline(), subject.baseline) {
+        let doubt = self.events_doubt(&map, number, witness).or_else(|| match (map.baseline(), subject.baseline) {
             (None, _) => Some(Doubt::Unfinished),
             // The index can be ahead: what was not settled for it is still in pending, and more than enough.
             (Some(pinned), Some(index)) if pinned.epoch == index.epoch && pinned.number <= index.number => None,
@@ -258,8 +275,8 @@ impl Inner {
         })
     }
 
-    /// What the kernel counted. No file access, no allocation.
-    fn events_doubt(&self, map: &Map) -> Option<Doubt> {
+    /// What the kernel counted. Opens no file, allocates nothing.
+    fn events_doubt(&self, map: &Map, slot: usize, witness: Option<&Witness>) -> Option<Doubt> {
         // A program that cannot be asked is none.
         let Ok(missed) = self.missed() else { return Some(Doubt::ProgramGone) };
         // Less than before cannot be; it is not a reason to believe.
@@ -271,7 +288,43 @@ impl Inner {
         } else if commands > 0 {
             Some(Doubt::Commands { commands })
         } else {
-            None
+            self.unseen(map, slot, witness).map(|sectors| Doubt::Unseen { sectors })
+        }
+    }
+
+    /// Sectors that the block layer counted and programs did not see.
+    fn unseen(&self, map: &Map, slot: usize, witness: Option<&Witness>) -> Option<u64> {
+        let mut unseen = None;
+        // Read in this order, seen is never behind; on machines that reorder memory accesses it may be for a moment.
+        for _ in 0..8 {
+            let counted = witness?.counted()?.wrapping_sub(map.head(head::COUNTED_BEFORE));
+            let seen = self.seen(slot).wrapping_sub(map.head(head::SEEN_BEFORE));
+            unseen = counted.checked_sub(seen).filter(|more| *more > 0 && counted < 1 << 63);
+            unseen?;
+            std::thread::yield_now();
+        }
+        unseen
+    }
+
+    /// Where both counts begin: at a moment without writes, or the shortest that can be had, since what is written
+    /// between the two readings could later hide as much that was lost.
+    fn begin_count(&self, map: &Map, slot: usize, witness: &Witness) {
+        let mut best = u64::MAX;
+        // Arbitrary: 40 ms at most.
+        for _ in 0..20 {
+            let before = self.seen(slot);
+            // For requests that were seen and are not yet counted.
+            std::thread::sleep(Duration::from_millis(2));
+            let Some(counted) = witness.counted() else { return };
+            let between = self.seen(slot) - before;
+            if between < best {
+                best = between;
+                map.set_head(head::SEEN_BEFORE, before);
+                map.set_head(head::COUNTED_BEFORE, counted);
+            }
+            if best == 0 {
+                return;
+            }
         }
     }
 
@@ -287,6 +340,7 @@ impl Inner {
         device: &Device,
         elements: Elements,
         kind: Kind,
+        witness: Option<&Witness>,
     ) -> Result<(usize, Map), TrackError> {
         let entries = u32::try_from(elements.all).map_err(|_| TrackError::Full)?;
         let fd = sys::map_create("backhaul_vol", volume_shape(entries), None)
@@ -318,6 +372,9 @@ impl Inner {
         sys::map_put(&self.maps.volumes, slot as u32, &map.fd).map_err(TrackError::io("fill a slot"))?;
         if kind == Kind::Bios {
             wait_for_writes(subject.dev);
+        }
+        if let Some(witness) = witness {
+            self.begin_count(&map, slot, witness);
         }
         let missed = self.missed().map_err(TrackError::io("count missed events"))?;
         map.set_head(head::MISSED_SEEN, missed);
@@ -429,7 +486,7 @@ fn wait_for_writes(dev: Dev) {
         if dev.whole().writes_in_flight().is_none_or(|n| n == 0) {
             return;
         }
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -553,11 +610,13 @@ impl Tracked {
         self.map.baseline()
     }
 
-    /// Whether writes were missed, or tracking ended. Three system calls and a look at memory: fit for a freeze.
+    /// Whether writes were missed, or tracking ended. Four system calls and a look at memory: fit for a
+    /// freeze, in which nothing that was lost can hide.
     pub fn doubt(&self) -> Option<Doubt> {
         let listens = self.inner.dev(self.slot).load(SeqCst) == self.device.disk
             && self.inner.slot(self.slot, slot::MAP).load(SeqCst) == self.map_id;
-        if listens { self.inner.events_doubt(&self.map) } else { Some(Doubt::NoPin) }
+        let doubt = || self.inner.events_doubt(&self.map, self.slot, self.witness.as_ref());
+        if listens { doubt() } else { Some(Doubt::NoPin) }
     }
 
     /// Whether it is still the device that it was. Reads files in /sys: not for a freeze.

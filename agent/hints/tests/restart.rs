@@ -183,69 +183,77 @@ impl Story {
 
 #[test]
 fn killed_while_taking_or_settling_it_continues() {
-    if !needs_root("killed_while_taking_or_settling_it_continues") {
-        return;
-    }
-    let places = ["take.summary", "take.pending", "take.live", "settle.written", "settle.recorded", "settle.cleared"];
-    killed_at(&places.map(|p| format!("hints.{p}")).each_ref().map(String::as_str), "-", "-", |_| (), "Continued");
+    root_test("killed_while_taking_or_settling_it_continues", || {
+        let places =
+            ["take.summary", "take.pending", "take.live", "settle.written", "settle.recorded", "settle.cleared"];
+        killed_at(&places.map(|p| format!("hints.{p}")).each_ref().map(String::as_str), "-", "-", |_| (), "Continued");
+    });
 }
 
 #[test]
 fn killed_while_beginning_it_begins_anew() {
-    if !needs_root("killed_while_beginning_it_begins_anew") {
-        return;
-    }
-    // Another index: the next agent must begin anew, and be as safe to kill as it is.
-    let spoil = |story: &Story| fs::remove_file(story.dir.path().join("index")).unwrap();
-    killed_at(
-        &["hints.track.released", "hints.track.put", "hints.track.head", "hints.track.pinned"],
-        "-",
-        "-",
-        spoil,
-        "Fresh(Damaged)",
-    );
-    killed_at(&["hints.track.renamed", "hints.track.active", "hints.track.done"], "-", "-", spoil, "Fresh(Unfinished)");
-    killed_at(&["hints.forget.slot"], "-", "forget", |_| (), "Fresh(Damaged)");
+    root_test("killed_while_beginning_it_begins_anew", || {
+        // Another index: the next agent must begin anew, and be as safe to kill as it is.
+        let spoil = |story: &Story| fs::remove_file(story.dir.path().join("index")).unwrap();
+        killed_at(
+            &["hints.track.released", "hints.track.put", "hints.track.head", "hints.track.pinned"],
+            "-",
+            "-",
+            spoil,
+            "Fresh(Damaged)",
+        );
+        killed_at(
+            &["hints.track.renamed", "hints.track.active", "hints.track.done"],
+            "-",
+            "-",
+            spoil,
+            "Fresh(Unfinished)",
+        );
+        killed_at(&["hints.forget.slot"], "-", "forget", |_| (), "Fresh(Damaged)");
+    });
 }
 
 #[test]
 fn killed_while_taking_over_from_another_version_it_continues() {
-    if !needs_root("killed_while_taking_over_from_another_version_it_continues") {
-        return;
-    }
-    killed_at(&["hints.programs.pinned", "hints.open.loaded", "hints.open.recorded"], "new", "-", |_| (), "Continued");
+    root_test("killed_while_taking_over_from_another_version_it_continues", || {
+        killed_at(
+            &["hints.programs.pinned", "hints.open.loaded", "hints.open.recorded"],
+            "new",
+            "-",
+            |_| (),
+            "Continued",
+        );
+    });
 }
 
 #[test]
 fn killed_while_replacing_lost_programs_it_begins_anew() {
-    if !needs_root("killed_while_replacing_lost_programs_it_begins_anew") {
-        return;
-    }
-    let spoil = |story: &Story| fs::remove_file(story.pins.set().join("link-block_rq_complete")).unwrap();
-    let places = ["hints.open.generation", "hints.programs.pinned", "hints.open.loaded", "hints.open.recorded"];
-    killed_at(&places, "-", "-", spoil, "Fresh(ProgramGone)");
-    let spoil = |story: &Story| fs::remove_dir_all(story.pins.folder()).unwrap();
-    killed_at(&["hints.open.pinned"], "-", "-", spoil, "Fresh(NoPin)");
+    root_test("killed_while_replacing_lost_programs_it_begins_anew", || {
+        let spoil = |story: &Story| fs::remove_file(story.pins.set().join("link-block_rq_complete")).unwrap();
+        let places = ["hints.open.generation", "hints.programs.pinned", "hints.open.loaded", "hints.open.recorded"];
+        killed_at(&places, "-", "-", spoil, "Fresh(ProgramGone)");
+        let spoil = |story: &Story| fs::remove_dir_all(story.pins.folder()).unwrap();
+        killed_at(&["hints.open.pinned"], "-", "-", spoil, "Fresh(NoPin)");
+    });
 }
 
 #[test]
 fn killed_at_any_time_it_misses_nothing() {
-    if !needs_root("killed_at_any_time_it_misses_nothing") {
-        return;
-    }
-    let mut random = fastrand::Rng::with_seed(seed());
-    let story = Story::new();
-    story.run(1);
-    let mut continued = 0;
-    for _ in 0..12 {
-        let delay = Duration::from_micros(random.u64(0..60_000));
-        story.while_written(|| {
-            let mut child = story.command(1_000_000, "-", "-").stdout(Stdio::null()).spawn().unwrap();
-            std::thread::sleep(delay);
-            child.kill().unwrap();
-            child.wait().unwrap();
-        });
-        continued += u32::from(story.nothing_is_missed(&format!("killed after {delay:?}")).start == "Continued");
-    }
-    assert_eq!(continued, 12, "no reason to begin anew");
+    root_test("killed_at_any_time_it_misses_nothing", || {
+        let mut random = fastrand::Rng::with_seed(seed());
+        let story = Story::new();
+        story.run(1);
+        let mut continued = 0;
+        for _ in 0..12 {
+            let delay = Duration::from_micros(random.u64(0..60_000));
+            story.while_written(|| {
+                let mut child = story.command(1_000_000, "-", "-").stdout(Stdio::null()).spawn().unwrap();
+                std::thread::sleep(delay);
+                child.kill().unwrap();
+                child.wait().unwrap();
+            });
+            continued += u32::from(story.nothing_is_missed(&format!("killed after {delay:?}")).start == "Continued");
+        }
+        assert_eq!(continued, 12, "no reason to begin anew");
+    });
 }
