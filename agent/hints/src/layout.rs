@@ -75,7 +75,7 @@ pub mod slot {
 /// Words of a volume's head.
 pub mod head {
     pub const MAGIC: usize = 0;
-    /// Words that do not change: see [`crate::volume`].
+    /// Words that do not change: see `begin.rs`.
     pub const FIXED: std::ops::Range<usize> = 0..15;
     pub const CHECKSUM: usize = 15;
     /// 1 once everything is in place.

@@ -52,8 +52,10 @@
 //! - Classic tracepoint programs: skipped without a word where another BPF program runs on the CPU.
 //! - A hash map from disk to volumes: its elements change while programs read them; a list of 256 numbers does not.
 
+mod begin;
 mod blocks;
 mod btf;
+mod device;
 mod doubt;
 #[allow(missing_docs, reason = "private, and the module tells it")]
 mod layout;
