@@ -65,9 +65,15 @@ struct table {
   u32 pad[62];
   u32 dev[VOLUMES]; // of the whole disk; 0 is nobody
   struct slot slot[VOLUMES];
-  u64 seen[VOLUMES]; // sectors that completed requests of the slot's disk wrote or discarded
+  u64 bases[2][VOLUMES]; // the agent's
 };
-_Static_assert(sizeof(struct table) == 19968 && sizeof(struct slot) == 64, "src/layout.rs");
+_Static_assert(sizeof(struct table) == 22016 && sizeof(struct slot) == 64, "src/layout.rs");
+
+// For each slot the sectors that completed writes and discards of its disk had. These programs' own: while another
+// version takes over both count.
+struct sectors { u64 seen[VOLUMES]; };
+
+#define NOEXIST 1
 
 enum { KIND_REQUESTS = 0, KIND_BIOS = 1 };
 
@@ -80,6 +86,7 @@ struct group { u64 word[GROUP_WORDS]; };
 int table SEC("maps");
 int volumes SEC("maps");
 int flights SEC("maps");
+int seen SEC("maps");
 
 // A write to a device without requests, from submission to completion.
 struct flight { u64 sector; u32 sectors; u32 dev; };
@@ -168,14 +175,16 @@ checked_alone int count_all(u32 dev, u32 what, int bios_only) {
   return 0;
 }
 
-// Counts what the block layer is about to count itself, right after this event: the agent compares the two.
+// Counts what the block layer counts itself, for requests right after this event: the agent compares the two.
 checked_alone int see(u32 dev, u64 sectors) {
+  u32 zero = 0;
   struct table *t = the_table();
-  if (!t) return 0;
+  struct sectors *all = bpf_map_lookup_elem(&seen, &zero);
+  if (!t || !all) return 0;
   u32 n = t->count;
   for (u32 i = 0; i < VOLUMES; i++) {
     if (i >= n) break;
-    if (t->dev[i] == dev) __sync_fetch_and_add(&t->seen[i], sectors);
+    if (t->dev[i] == dev) __sync_fetch_and_add(&all->seen[i], sectors);
   }
   return 0;
 }
@@ -258,8 +267,12 @@ SEC("tp_btf/block_bio_queue") int bio_queue(u64 *ctx) {
     count_all(flight.dev, COMMANDS, 1);
     return 0;
   }
+  // Also one without data, or its completion would be a stranger's. One that is there already: its completion was lost.
   u64 key = (u64)bio;
-  if (flight.sectors && bpf_map_update_elem(&flights, &key, &flight, 0)) count_all(flight.dev, LOST, 1);
+  if (bpf_map_update_elem(&flights, &key, &flight, NOEXIST)) {
+    count_all(flight.dev, LOST, 1);
+    bpf_map_update_elem(&flights, &key, &flight, 0);
+  }
   return 0;
 }
 
@@ -276,13 +289,15 @@ SEC("tp_btf/block_bio_complete") int bio_complete(u64 *ctx) {
     if (kept) {
       struct flight flight = *kept;
       bpf_map_delete_elem(&flights, &key);
+      if (!flight.sectors) return 0;
       mark_all(flight.dev, flight.sector, flight.sectors);
+      see(flight.dev, flight.sectors);
       return 0;
     }
   }
   u32 dev = disk_of(bio), sectors = bio->bi_iter.bi_size >> 9;
-  if (!has_range(op) || !sectors) return 0;
-  mark_all(dev, bio->bi_iter.bi_sector, sectors);
+  if (!has_range(op)) return 0;
+  if (sectors) mark_all(dev, bio->bi_iter.bi_sector, sectors);
   if (!t->bios) return 0;
   // A part that was split off; the whole is marked when the last part is done. Anything else was under way before the
   // device was tracked, and may have been cut.

@@ -7,7 +7,6 @@ use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
-use std::time::Duration;
 
 use crate::device::{Device, Kind, kind, wait_for_writes};
 use crate::doubt::{Doubt, TrackError};
@@ -15,7 +14,7 @@ use crate::layout::{self, Elements, head, slot};
 use crate::sys;
 use crate::tracker::{Inner, Tracker, gone, has_shape, volume_shape};
 use crate::volume::{Map, Start, Subject, Tracked};
-use crate::witness::Witness;
+use crate::witness::{Verdict, Witness};
 
 const SECTOR: u64 = 512;
 
@@ -38,12 +37,14 @@ impl Tracker {
         let _changing = inner.changing.lock().unwrap_or_else(|e| e.into_inner());
         let blocks = subject.length.div_ceil(u64::from(subject.block_size));
         let elements = Elements::of(blocks);
-        // Devices without requests count before they tell, and some at other moments.
-        let witness = if kind == Kind::Requests { Witness::of(subject.dev) } else { None };
-        let (slot, map, start) = match inner.continued(subject, &device, elements, witness.as_ref()) {
+        let witness = Witness::of(subject.dev, kind).ok_or_else(|| TrackError::Unsupported {
+            device: device_name,
+            why: "the kernel does not count what is written to it",
+        })?;
+        let (slot, map, start) = match inner.continued(subject, &device, elements, &witness) {
             Ok(Ok((slot, map))) => (slot, map, Start::Continued),
             Ok(Err(doubt)) => {
-                let (slot, map) = inner.fresh(subject, &device, elements, kind, witness.as_ref())?;
+                let (slot, map) = inner.fresh(subject, &device, elements, kind, &witness)?;
                 (slot, map, Start::Fresh(doubt))
             }
             Err(error) => return Err(TrackError::Io { action: "open the pinned volume", error }),
@@ -72,7 +73,7 @@ impl Inner {
         subject: &Subject,
         device: &Device,
         elements: Elements,
-        witness: Option<&Witness>,
+        witness: &Witness,
     ) -> io::Result<Result<(usize, Map), Doubt>> {
         let pinned = match sys::pinned(&self.volume_path(subject.volume)) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Err(self.lost.unwrap_or(Doubt::NoPin))),
@@ -152,7 +153,7 @@ impl Inner {
     }
 
     /// What the kernel counted. Opens no file, allocates nothing.
-    pub fn events_doubt(&self, map: &Map, slot: usize, witness: Option<&Witness>) -> Option<Doubt> {
+    pub fn events_doubt(&self, map: &Map, slot: usize, witness: &Witness) -> Option<Doubt> {
         // A program that cannot be asked is none.
         let Ok(missed) = self.missed() else { return Some(Doubt::ProgramGone) };
         // Less than before cannot be; it is not a reason to believe.
@@ -164,43 +165,7 @@ impl Inner {
         } else if commands > 0 {
             Some(Doubt::Commands { commands })
         } else {
-            self.unseen(map, slot, witness).map(|sectors| Doubt::Unseen { sectors })
-        }
-    }
-
-    /// Sectors that the block layer counted and programs did not see.
-    fn unseen(&self, map: &Map, slot: usize, witness: Option<&Witness>) -> Option<u64> {
-        let mut unseen = None;
-        // Read in this order, seen is never behind; on machines that reorder memory accesses it may be for a moment.
-        for _ in 0..8 {
-            let counted = witness?.counted()?.wrapping_sub(map.head(head::COUNTED_BEFORE));
-            let seen = self.seen(slot).wrapping_sub(map.head(head::SEEN_BEFORE));
-            unseen = counted.checked_sub(seen).filter(|more| *more > 0 && counted < 1 << 63);
-            unseen?;
-            std::thread::yield_now();
-        }
-        unseen
-    }
-
-    /// Where both counts begin: at a moment without writes, or the shortest that can be had, since what is written
-    /// between the two readings could later hide as much that was lost.
-    fn begin_count(&self, map: &Map, slot: usize, witness: &Witness) {
-        let mut best = u64::MAX;
-        // Arbitrary: 40 ms at most.
-        for _ in 0..20 {
-            let before = self.seen(slot);
-            // For requests that were seen and are not yet counted.
-            std::thread::sleep(Duration::from_millis(2));
-            let Some(counted) = witness.counted() else { return };
-            let between = self.seen(slot) - before;
-            if between < best {
-                best = between;
-                map.set_head(head::SEEN_BEFORE, before);
-                map.set_head(head::COUNTED_BEFORE, counted);
-            }
-            if best == 0 {
-                return;
-            }
+            doubted(witness.glance(self.base(slot).load(SeqCst), || self.programs.seen(slot)))
         }
     }
 
@@ -216,7 +181,7 @@ impl Inner {
         device: &Device,
         elements: Elements,
         kind: Kind,
-        witness: Option<&Witness>,
+        witness: &Witness,
     ) -> Result<(usize, Map), TrackError> {
         let entries = u32::try_from(elements.all).map_err(|_| TrackError::Full)?;
         let fd = sys::map_create("backhaul_vol", volume_shape(entries), None)
@@ -250,9 +215,9 @@ impl Inner {
         if kind == Kind::Bios {
             wait_for_writes(subject.dev);
         }
-        if let Some(witness) = witness {
-            self.begin_count(&map, slot, witness);
-        }
+        let base = witness.base(|| self.programs.seen(slot));
+        let base = base.ok_or_else(|| TrackError::io("read what a disk counts")(ErrorKind::NotFound.into()))?;
+        self.base(slot).store(base, SeqCst);
         let missed = self.missed().map_err(TrackError::io("count missed events"))?;
         map.set_head(head::MISSED_SEEN, missed);
         // What was under way before is not in any bit, nor has it to be.
@@ -275,6 +240,16 @@ impl Inner {
             (slot::MAP, id.into()),
         ];
         words.into_iter().for_each(|(word, value)| self.slot(at, word).store(value, SeqCst));
+    }
+}
+
+/// What the counts say against believing.
+pub(crate) fn doubted(verdict: Verdict) -> Option<Doubt> {
+    match verdict {
+        Verdict::Complete | Verdict::Busy => None,
+        Verdict::Unseen(sectors) => Some(Doubt::Unseen { sectors }),
+        Verdict::Uncounted(sectors) => Some(Doubt::Uncounted { sectors }),
+        Verdict::Gone => Some(Doubt::OtherDevice),
     }
 }
 

@@ -59,10 +59,16 @@ pub(crate) fn kind(dev: Dev) -> Result<Kind, &'static str> {
     if whole.attribute("queue/dax").as_deref() == Some("1") {
         return Err("programs can write to it without the kernel's block layer (DAX)");
     }
+    // Counts whatever this says.
+    let is_zram = whole.name().is_some_and(|n| n.starts_with("zram"));
+    if !whole.is_counted() && !is_zram {
+        return Err(
+            "what is written to it is not counted, so that losses would not show (put 1 into its queue/iostats)",
+        );
+    }
     if has("mq/0/cpu_list") {
         return Ok(Kind::Requests);
     }
-    let is_zram = whole.name().is_some_and(|n| n.starts_with("zram"));
     // The other levels hand on what they are given, and are not told when it is done.
     let is_raid =
         whole.attribute("md/level").is_some_and(|l| ["raid1", "raid4", "raid5", "raid6", "raid10"].contains(&&*l));

@@ -42,6 +42,12 @@ pub enum Doubt {
         /// Of the whole disk, 512 bytes each.
         sectors: u64,
     },
+    /// The block layer counted less than the program was told of, so that nothing shows what was not told.
+    #[error("the kernel did not count {sectors} sectors that it wrote; was queue/iostats switched off?")]
+    Uncounted {
+        /// Of the whole disk, 512 bytes each.
+        sectors: u64,
+    },
     /// Somebody talks to the drive past the block layer (SG_IO, nvme-cli, persistent reservations).
     #[error("{commands} commands were sent to the drive directly, and what they changed cannot be known")]
     Commands {

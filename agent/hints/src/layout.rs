@@ -9,7 +9,9 @@
 //! | 260..264 | how many of these are devices without requests |
 //! | 512..1536 | for each slot the number of its whole disk; 0 is nobody. Written last when a slot is taken |
 //! | 1536..17920 | slots of 64 bytes, words of [`slot`] |
-//! | 17920.. | for each slot the sectors that completed requests of its disk wrote or discarded |
+//! | 17920..22016 | for each of the two records of programs, for each slot: by how many sectors these programs' count is ahead of the block layer's (modulo 2^64) |
+//!
+//! Each set of programs has a map of its own, "seen": for each slot the sectors that writes and discards of its disk had.
 //!
 //! A volume's map has elements of 512 bytes: its head (words of [`head`]), the summary (a bit for each group of 4096
 //! blocks), `live` (a bit for each block, set by the programs), `pending` (the same, the agent's own). One map holds all
@@ -29,9 +31,14 @@ pub const GROUP: u64 = 4096;
 /// Words of an element.
 pub const ELEMENT: usize = 64;
 /// Bytes of the table.
-pub const TABLE: usize = 19968;
+pub const TABLE: usize = 22016;
+/// Bytes of a set's counts.
+pub const SEEN: usize = 8 * VOLUMES;
 /// Writes that can be under way to devices without requests; one more is a missed event. Arbitrary: 1.3 MB.
 pub const FLIGHTS: u32 = 16384;
+
+/// Numbers by which a set of programs is known: three programs with their links, and their map.
+pub const IDS: usize = 4;
 
 /// Words of the table's head.
 pub mod table {
@@ -46,7 +53,7 @@ pub mod table {
     pub const GAP: usize = 6;
     pub const RECORDS: [usize; 2] = [8, 16];
     /// In a record: which object was loaded, its folder's number, events missed by programs before, then each program's
-    /// id (high) with its link's.
+    /// id (high) with its link's, then the id of the map "seen".
     pub const BUILD: usize = 0;
     pub const SET: usize = 1;
     pub const MISSED_BEFORE: usize = 2;
@@ -56,7 +63,7 @@ pub mod table {
     pub const BIOS: usize = 65;
     pub const DEV: usize = 128;
     pub const SLOTS: usize = 192;
-    pub const SEEN: usize = 2240;
+    pub const BASES: [usize; 2] = [2240, 2496];
 }
 
 /// Words of a slot.
@@ -85,9 +92,6 @@ pub mod head {
     pub const BASELINES: [usize; 2] = [18, 21];
     /// Events that all volumes' programs had missed when this one began.
     pub const MISSED_SEEN: usize = 24;
-    /// What programs had seen of its disk when this one began, and what the block layer had counted.
-    pub const SEEN_BEFORE: usize = 25;
-    pub const COUNTED_BEFORE: usize = 26;
     /// Counted by the programs.
     pub const LOST: usize = 48;
     pub const COMMANDS: usize = 49;
@@ -117,6 +121,11 @@ pub fn kernel_number(dev: Dev) -> Option<u32> {
     let text = dev.attribute("dev")?;
     let (major, minor) = text.split_once(':')?;
     Some(major.parse::<u32>().ok()? << 20 | minor.parse::<u32>().ok()?)
+}
+
+/// The device that has this number.
+pub fn dev(number: u32) -> Option<Dev> {
+    Dev::parse(&format!("{}:{}", number >> 20, number & 0xf_ffff))
 }
 
 /// FNV-1a: finds what was overwritten by accident, no more.

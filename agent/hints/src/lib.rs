@@ -52,6 +52,7 @@
 //! - Classic tracepoint programs: skipped without a word where another BPF program runs on the CPU.
 //! - A hash map from disk to volumes: its elements change while programs read them; a list of 256 numbers does not.
 
+mod bases;
 mod begin;
 mod blocks;
 mod btf;
@@ -70,7 +71,7 @@ mod witness;
 pub use blocks::Blocks;
 pub use doubt::{Doubt, TrackError, Unavailable};
 pub use tracker::{Options, Tracker};
-pub use volume::{Baseline, Start, Subject, Tracked};
+pub use volume::{Baseline, Proof, Start, Subject, Tracked};
 
 /// For tests: what lies beneath.
 #[doc(hidden)]

@@ -10,9 +10,11 @@ use std::path::Path;
 
 use crate::btf::{self, BadTypes, Btf};
 use crate::doubt::Unavailable;
-use crate::layout::checksum;
+use std::sync::atomic::Ordering::SeqCst;
+
+use crate::layout::{self, checksum};
 use crate::object::Object;
-use crate::sys;
+use crate::sys::{self, MAPPABLE, MapKind, MapShape, Shared};
 
 /// The program, compiled: `scripts/build-bpf.sh` makes it from `bpf/hints.bpf.c`.
 pub const OBJECT: &[u8] = include_bytes!("../prebuilt/hints.bpf.o");
@@ -25,7 +27,12 @@ pub const TRACEPOINTS: [&str; 3] = ["block_rq_complete", "block_bio_complete", "
 pub struct Programs {
     programs: Vec<OwnedFd>,
     links: Vec<OwnedFd>,
+    seen_map: OwnedFd,
+    seen: Shared,
 }
+
+const SEEN: MapShape =
+    MapShape { kind: MapKind::Array, key: 4, value: layout::SEEN as u32, entries: 1, flags: MAPPABLE };
 
 /// The maps that they work on.
 #[derive(Debug)]
@@ -54,9 +61,14 @@ impl Programs {
         let types = btf::function_types(&own, &object.btf_ext).map_err(bad_kernel)?;
         let btf = sys::btf_load(&btf_bytes).map_err(|(error, log)| refused("types", error, &log))?;
         std::fs::create_dir(folder).map_err(Unavailable::io("make a folder in bpffs"))?;
+        let seen_map = sys::map_create("backhaul_seen", SEEN, None).map_err(Unavailable::io("make a BPF map"))?;
+        let seen = Shared::new(&seen_map, layout::SEEN).map_err(Unavailable::io("map memory"))?;
+        sys::pin(&seen_map, &folder.join("seen")).map_err(Unavailable::io("pin a map"))?;
+        let fds = [("table", &maps.table), ("volumes", &maps.volumes), ("flights", &maps.flights), ("seen", &seen_map)];
+        let fds: BTreeMap<&str, i32> = fds.into_iter().map(|(name, fd)| (name, fd.as_raw_fd())).collect();
         let (mut programs, mut links) = (Vec::new(), Vec::new());
         for tracepoint in TRACEPOINTS {
-            let program = load_one(&object, tracepoint, maps, &kernel, &types, &btf)?;
+            let program = load_one(&object, tracepoint, &fds, &kernel, &types, &btf)?;
             let link = sys::attach(&program).map_err(Unavailable::io("attach the tracking program"))?;
             sys::pin(&program, &folder.join(format!("program-{tracepoint}")))
                 .and_then(|()| sys::pin(&link, &folder.join(format!("link-{tracepoint}"))))
@@ -65,7 +77,7 @@ impl Programs {
             programs.push(program);
             links.push(link);
         }
-        Ok(Self { programs, links })
+        Ok(Self { programs, links, seen_map, seen })
     }
 
     /// The programs of a folder, if all of them are there.
@@ -73,12 +85,22 @@ impl Programs {
         let open = |what: &str| -> io::Result<Vec<OwnedFd>> {
             TRACEPOINTS.iter().map(|t| sys::pinned(&folder.join(format!("{what}-{t}")))).collect()
         };
-        Ok(Self { programs: open("program")?, links: open("link")? })
+        let seen_map = sys::pinned(&folder.join("seen"))?;
+        let seen = Shared::new(&seen_map, layout::SEEN)?;
+        Ok(Self { programs: open("program")?, links: open("link")?, seen_map, seen })
     }
 
-    /// Each program's id (high) with its link's. Neither number comes again before four thousand million others.
-    pub fn ids(&self) -> io::Result<[u64; TRACEPOINTS.len()]> {
-        let mut ids = [0; TRACEPOINTS.len()];
+    /// Sectors that these programs have seen written to the disk of a slot.
+    pub fn seen(&self, slot: usize) -> u64 {
+        self.seen.word(slot).load(SeqCst)
+    }
+
+    /// Each program's id (high) with its link's, and that of the map they count in. No number comes again before four
+    /// thousand million others.
+    pub fn ids(&self) -> io::Result<[u64; layout::IDS]> {
+        let mut ids = [0; layout::IDS];
+        let [_, seen] = sys::info(&self.seen_map)?;
+        ids[TRACEPOINTS.len()] = seen.into();
         for ((id, program), link) in ids.iter_mut().zip(&self.programs).zip(&self.links) {
             let [_, program] = sys::info(program)?;
             // Kind, id, program.
@@ -108,7 +130,7 @@ impl Programs {
 fn load_one(
     object: &Object,
     tracepoint: &str,
-    maps: &Maps,
+    fds: &BTreeMap<&str, i32>,
     kernel: &Btf<'_>,
     types: &[(String, usize, u32)],
     btf: &OwnedFd,
@@ -124,9 +146,7 @@ fn load_one(
         return Err(missing(format!("its tracepoint {tracepoint} has other arguments")));
     }
     let (program, _) = object.programs().find(|(_, t)| *t == tracepoint).ok_or_else(|| missing("no program".into()))?;
-    let fds = [("table", &maps.table), ("volumes", &maps.volumes), ("flights", &maps.flights)];
-    let fds: BTreeMap<&str, i32> = fds.into_iter().map(|(name, fd)| (name, fd.as_raw_fd())).collect();
-    let linked = object.link(program, &fds).map_err(|e| bad_kernel(e.into()))?;
+    let linked = object.link(program, fds).map_err(|e| bad_kernel(e.into()))?;
     let type_of = |index: usize| {
         let function = &object.functions[index];
         types.iter().find(|t| t.0 == function.section && t.1 == function.offset).map_or(0, |t| t.2)

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex};
 
+use crate::bases::move_bases;
 use crate::doubt::{Doubt, TrackError, Unavailable};
 use crate::layout::{self, ELEMENT, table};
 use crate::programs::{self, Maps, OBJECT, Programs};
@@ -58,6 +59,8 @@ pub(crate) struct Inner {
     pub maps: Maps,
     pub programs: Programs,
     pub missed_before: u64,
+    /// Which record holds.
+    pub bank: usize,
     pub boot: [u64; 2],
     /// Why nothing that was pinned could be used; `None` if it could, or nothing was.
     pub lost: Option<Doubt>,
@@ -90,9 +93,9 @@ impl Tracker {
             Some(found) => found,
             None => begin(&folder, boot)?,
         };
-        let (programs, missed_before) = run(&folder, &maps, &shared, object)?;
+        let (programs, missed_before, bank) = run(&folder, &maps, &shared, object)?;
         let changing = Mutex::new(());
-        let inner = Inner { folder, table: shared, maps, programs, missed_before, boot, lost, changing };
+        let inner = Inner { folder, table: shared, maps, programs, missed_before, bank, boot, lost, changing };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -142,9 +145,9 @@ impl Inner {
         self.table.word(table::SLOTS + slot * layout::slot::WORDS + word)
     }
 
-    /// Sectors that programs have seen written to a slot's disk.
-    pub fn seen(&self, slot: usize) -> u64 {
-        self.table.word(table::SEEN + slot).load(SeqCst)
+    /// By how many sectors what programs saw is ahead of what the block layer counts.
+    pub fn base(&self, slot: usize) -> &std::sync::atomic::AtomicU64 {
+        self.table.word(table::BASES[self.bank] + slot)
     }
 
     /// The number of the disk that a slot listens to; 0 is none.
@@ -250,12 +253,12 @@ fn begin(folder: &Path, boot: [u64; 2]) -> Result<(Maps, Shared), Unavailable> {
 }
 
 /// Sees to it that this version's programs run; with them what was missed by those before.
-fn run(folder: &Path, maps: &Maps, shared: &Shared, object: &[u8]) -> Result<(Programs, u64), Unavailable> {
+fn run(folder: &Path, maps: &Maps, shared: &Shared, object: &[u8]) -> Result<(Programs, u64, usize), Unavailable> {
     let selector = shared.word(table::SELECTOR).load(SeqCst) as usize;
     let record = table::RECORDS.get(selector).copied();
     let word = |at: usize| record.map_or(0, |r| shared.word(r + at).load(SeqCst));
     let set = |n: u64| folder.join(format!("set-{n}"));
-    let ids = [word(table::IDS), word(table::IDS + 1), word(table::IDS + 2)];
+    let ids = [word(table::IDS), word(table::IDS + 1), word(table::IDS + 2), word(table::IDS + 3)];
     let old = match record {
         None => Err(Doubt::NoPin),
         Some(_) => recorded(&set(word(table::SET)), ids),
@@ -263,7 +266,7 @@ fn run(folder: &Path, maps: &Maps, shared: &Shared, object: &[u8]) -> Result<(Pr
     let build = programs::build(object);
     tidy(folder, record.map(|_| word(table::SET))).map_err(Unavailable::io("remove old programs"))?;
     let old = match old {
-        Ok(old) if word(table::BUILD) == build => return Ok((old, word(table::MISSED_BEFORE))),
+        Ok(old) if word(table::BUILD) == build => return Ok((old, word(table::MISSED_BEFORE), selector)),
         Ok(old) => Some(old),
         Err(gap) => {
             // First of all: from here on nobody believes what was tracked before.
@@ -281,18 +284,21 @@ fn run(folder: &Path, maps: &Maps, shared: &Shared, object: &[u8]) -> Result<(Pr
     let missed = old.as_ref().map_or(Ok(0), Programs::missed).map_err(Unavailable::io("count missed events"))?;
     let missed = word(table::MISSED_BEFORE) + missed;
     let next = usize::from(selector == 0);
+    if let Some(old) = &old {
+        move_bases(shared, (old, selector), (&new, next));
+    }
     let ids = new.ids().map_err(Unavailable::io("ask for a program's number"))?;
     let words = [build, number, missed].into_iter().chain(ids);
     words.enumerate().for_each(|(i, w)| shared.word(table::RECORDS[next] + i).store(w, SeqCst));
     shared.word(table::SELECTOR).store(next as u64, SeqCst);
     crate::reach("hints.open.recorded");
     tidy(folder, Some(number)).map_err(Unavailable::io("remove old programs"))?;
-    Ok((new, missed))
+    Ok((new, missed, next))
 }
 
 /// The programs of a folder, if they are those that were recorded: then they have run ever since, for a link cannot be
 /// taken from its program or tracepoint, only removed.
-fn recorded(folder: &Path, ids: [u64; 3]) -> Result<Programs, Doubt> {
+fn recorded(folder: &Path, ids: [u64; layout::IDS]) -> Result<Programs, Doubt> {
     let programs = Programs::pinned(folder).map_err(|_| Doubt::ProgramGone)?;
     match programs.ids() {
         Ok(found) if found == ids => Ok(programs),
