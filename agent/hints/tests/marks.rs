@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use backhaul_hints::{Blocks, Doubt, Options, Tracked, Tracker};
+use backhaul_hints::{Blocks, Doubt, Options, Proof, Tracked, Tracker};
 use support::*;
 
 const MIB: u64 = 1 << 20;
@@ -89,6 +89,7 @@ fn random_writes_of_every_kind_are_marked_exactly() {
             let tracked = tracker.track(&subject).unwrap();
             assert_eq!(tracked.blocks(), size.div_ceil(block.into()));
             exact(&disk.path, &tracked, block.into(), 12);
+            assert_eq!(tracked.proof(), Ok(Proof::Complete), "F11: all kinds of writes are counted as they are seen");
         }
     });
 }
@@ -146,7 +147,9 @@ fn all_that_file_systems_write_is_marked() {
                 tool("fsfreeze", ["-f", folder.to_str().unwrap()]);
                 let after = contents(&disk.path);
                 let taken = tracked.take();
+                let proof = tracked.proof();
                 tool("fsfreeze", ["-u", folder.to_str().unwrap()]);
+                assert_eq!(proof, Ok(Proof::Complete), "F11: in a freeze it is known");
                 changed += assert_all_marked(&before, &after, &taken.unwrap(), &format!("{make} {options} {what}"));
             }
             assert!(changed > 100, "the file systems did write");
@@ -215,6 +218,9 @@ fn partitions_and_their_disk_are_marked_each_on_its_own() {
         // To what nobody tracks but the disk.
         write_at(&parts[2], 0, 4096);
         assert!(a.is_clean() && b.is_clean() && !whole.is_clean());
+        for each in [&a, &b, &whole] {
+            assert_eq!(each.proof(), Ok(Proof::Complete), "F11: counted by the whole disk, whoever wrote");
+        }
         // The last sector of the second, whose end is no multiple of anything.
         let end = size_of(&parts[1]);
         let file = OpenOptions::new().write(true).open(&parts[1]).unwrap();
@@ -278,17 +284,18 @@ fn hammer(device: &Path, tracker: &Tracker, threads: u64, leap: u64) {
     let mut lost = Blocks::all(blocks);
     lost.remove_all(&all);
     let lost = lost.ranges().collect::<Vec<_>>();
-    match tracked.doubt() {
-        None => {
+    match tracked.proof() {
+        Ok(proof) => {
+            assert_eq!(proof, Proof::Complete, "nothing writes any more");
             assert!(lost.is_empty(), "I7, F11: marks of {lost:?} lost in {takes} takes, and nothing is doubted");
             assert_eq!(taken, blocks, "each was taken once");
         }
         // A kernel that loses events: eight sectors a write, none of which may go unnoticed.
-        Some(Doubt::Unseen { sectors }) => {
+        Err(Doubt::Unseen { sectors }) => {
             println!("the kernel lost {sectors} sectors in {} places, and it was noticed", lost.len());
             assert_eq!(sectors, 8 * lost.iter().map(|r| r.end - r.start).sum::<u64>(), "F11: in {lost:?}");
         }
-        Some(doubt) => panic!("{doubt:?}"),
+        Err(doubt) => panic!("{doubt:?}"),
     }
     assert_eq!(tracked.unsettled(), all);
 }
@@ -336,12 +343,13 @@ fn a_take_neither_faults_nor_allocates_pages() {
                 .collect();
             (fields[0], fields[2])
         };
+        assert_eq!(tracked.proof(), Ok(Proof::Complete));
         faults();
         let before = faults();
         let taken = tracked.take_into(&mut blocks);
-        let clean = tracked.is_clean();
+        let (clean, proof) = (tracked.is_clean(), tracked.proof());
         let after = faults();
-        assert_eq!((taken, clean), (Ok(1000), true));
+        assert_eq!((taken, clean, proof), (Ok(1000), true, Ok(Proof::Complete)));
         // Reading the file itself costs some: as much as without a take.
         let bare = {
             let first = faults();
