@@ -123,7 +123,11 @@ pub async fn ensure_group(catalog: &Catalog, name: &Name, now: SystemTime) -> Re
         time: unix_millis(now),
         body: Body::Create(CreateBody { repository: catalog.format.repository, name: name.clone() }),
     };
-    put_new(store, &log.keys().log(LogSeq(0)), create.to_bytes()).await?;
+    if let Put::New = put_new(store, &log.keys().log(LogSeq(0)), create.to_bytes()).await?
+        && let Err(error) = log.write_hint(LogSeq(0)).await
+    {
+        tracing::warn!(%error, "could not write the head hint; the log is listed where it is looked for");
+    }
     Ok(log)
 }
 
@@ -332,6 +336,10 @@ pub async fn adopt(
     loop {
         let (head, hash) = log.head().await?;
         let seq = head.record.seq.next();
+        // No agent vouches for what it has seen: a gap of any length must show.
+        if log.is_gap(head.record.seq).await? {
+            return Err(ReadError::Log { seq, what: "it is missing, and there are records after it" }.into());
+        }
         let generation = Generation(
             head.record.generation.0.checked_add(1).ok_or(ReadError::Log { seq, what: "no generation is left" })?,
         );

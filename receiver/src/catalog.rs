@@ -18,6 +18,7 @@ use backhaul_protocol::store::log::Record;
 use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::situation::{Situation, reached};
 use bytes::Bytes;
+use futures_util::future::try_join_all;
 
 use crate::history::MAX_CHECKPOINT;
 use crate::read_error::ReadError;
@@ -25,6 +26,12 @@ use crate::store::{Kind, ObjectStore, StoreError};
 
 /// A small object's longest length: names, tokens, hints. All are under 300 bytes.
 pub const SMALL: usize = 4096;
+
+/// Records that a hint may be behind by: it is written half a minute after the last, and points are a second apart.
+pub(crate) const STALE_HINT: u64 = 64;
+/// How far beyond the newest record another one is looked for where the hint is new. A gap of up to four records is found
+/// unless one record follows it, one of 16 unless eight do. Whoever reads the whole log finds all of them.
+const PROBED_AHEAD: [u64; 11] = [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64];
 
 /// A store that holds recovery points.
 #[derive(Clone, Debug)]
@@ -127,7 +134,11 @@ impl GroupLog {
     }
 
     async fn exists(&self, seq: LogSeq) -> Result<bool, ReadError> {
-        match self.store.get_range(&self.keys.log(seq), 0..1).await {
+        self.is_there(&self.keys.log(seq)).await
+    }
+
+    pub(crate) async fn is_there(&self, key: &key::ObjectKey) -> Result<bool, ReadError> {
+        match self.store.get_range(key, 0..1).await {
             Ok(_) => Ok(true),
             Err(e) if e.kind() == Kind::NotFound => Ok(false),
             Err(e) => Err(e.into()),
@@ -164,27 +175,38 @@ impl GroupLog {
     /// contiguous, so a few dozen probes find it whatever the hint says.
     pub async fn newest(&self) -> Result<LogSeq, ReadError> {
         let hint = match self.hint().await {
-            Ok(hint) => hint.unwrap_or_default(),
+            Ok(hint) => hint,
             // A damaged hint is no loss: it is only where to begin.
-            Err(e) if e.is_damage() => LogSeq(0),
+            Err(e) if e.is_damage() => None,
             Err(e) => return Err(e),
         };
         self.newest_from(hint).await
     }
 
-    pub(crate) async fn newest_from(&self, mut hint: LogSeq) -> Result<LogSeq, ReadError> {
+    pub(crate) async fn newest_from(&self, mut hint: Option<LogSeq>) -> Result<LogSeq, ReadError> {
         loop {
-            let newest = self.probe(hint).await?;
-            match self.check_no_gap(newest).await {
+            let first = self.first_to_ask(hint.unwrap_or_default()).await?;
+            let newest = self.probe(first).await?;
+            let is_gap = match Some(first) == hint && newest.0 - first.0 <= STALE_HINT {
+                true => self.is_gap_near(newest).await?,
+                false => self.is_gap(newest).await?,
+            };
+            if self.readable_floor().await? > newest {
                 // Pruned while this one looked, or slept: that is no gap, and the log is looked for anew.
-                Err(e) if e.is_damage() && self.readable_floor().await? > newest => hint = newest,
-                checked => return checked.map(|()| newest),
+                hint = Some(newest);
+            } else if is_gap {
+                return Err(ReadError::Log {
+                    seq: newest.next(),
+                    what: "it is missing, and there are records after it",
+                });
+            } else {
+                return Ok(newest);
             }
         }
     }
 
-    async fn probe(&self, hint: LogSeq) -> Result<LogSeq, ReadError> {
-        let mut low = self.first_to_ask(hint).await?;
+    async fn probe(&self, first: LogSeq) -> Result<LogSeq, ReadError> {
+        let mut low = first;
         let mut step = 1;
         let mut high = loop {
             let next = LogSeq(low.0 + step);
@@ -220,16 +242,21 @@ impl GroupLog {
     }
 
     /// Numbers are contiguous: a record beyond the newest one that was found means that some between are gone. Nobody
-    /// may write into such a gap, or take what lies before it for all there is.
-    async fn check_no_gap(&self, newest: LogSeq) -> Result<(), ReadError> {
+    /// may write into such a gap, or take what lies before it for all there is. One LIST, which sees a gap of any length.
+    pub(crate) async fn is_gap(&self, newest: LogSeq) -> Result<bool, ReadError> {
         let newest_key = self.keys.log(newest);
         let beyond = self.store.list(numbered_prefix(&newest_key), Some(&newest_key), 2).await?;
+        let beyond = beyond.iter().filter_map(|(key, _)| number_of(key)).any(|seq| seq != newest.next());
         // The very next one may have been written while this one looked.
-        let mut beyond = beyond.iter().filter_map(|(key, _)| number_of(key));
-        if beyond.any(|seq| seq != newest.next()) && !self.exists(newest.next()).await? {
-            return Err(ReadError::Log { seq: newest.next(), what: "it is missing, and there are records after it" });
-        }
-        Ok(())
+        Ok(beyond && !self.exists(newest.next()).await?)
+    }
+
+    /// The same for a search that began at the hint, which is half a minute old at most where its writer did not die:
+    /// without a LIST, since all sessions and restores come this way.
+    async fn is_gap_near(&self, newest: LogSeq) -> Result<bool, ReadError> {
+        let probes = PROBED_AHEAD.map(|ahead| self.exists(LogSeq(newest.0.saturating_add(ahead))));
+        let beyond = try_join_all(probes).await?.contains(&true);
+        Ok(beyond && !self.exists(newest.next()).await?)
     }
 
     /// The newest record, its hash, and the newest point.

@@ -110,7 +110,7 @@ impl Draft {
         // a segment is enough, all of them are harmless, since captures decide.
         for reader in candidates {
             let reach = match touched_pages(std::slice::from_ref(&reader), &[]).await {
-                Ok(_) => reader.reach().await,
+                Ok(_) => reader.checked_reach().await,
                 Err(e) => Err(e),
             };
             match reach {

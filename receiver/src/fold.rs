@@ -94,8 +94,17 @@ async fn base_of(
     ids: &mut IdSource,
 ) -> Result<NewBase, ReadError> {
     let mut builder = MapBuilder::new(target.binding, Role::Base(volume.slot), ids.peek());
+    // Where it can't be told what the old map reaches nothing of it is pointed to: every page is written anew.
+    let mut is_reused = true;
     if let Some(old) = &volume.base {
-        builder.replace(old.reference.id, old.reach().await?);
+        match old.checked_reach().await {
+            Ok(reach) => builder.replace(old.reference.id, reach),
+            Err(error) if error.is_damage() && !error.is_unreadable() => {
+                tracing::warn!(%error, "the index of a volume is written anew");
+                is_reused = false;
+            }
+            Err(error) => return Err(error),
+        }
     }
     let mut digester = VolumeDigester::new(volume.geometry);
     let pages = volume.geometry.pages();
@@ -107,7 +116,8 @@ async fn base_of(
         };
         let last = index.0 + 1 == pages;
         let forgotten = planted(Mutant::FoldForgetsPage) && index.0 == 0 && volume.base.is_some();
-        if !last && (!view.is_changed(volume.slot, index).await? || forgotten) {
+        let is_kept = is_reused || old.is_none();
+        if !last && is_kept && (!view.is_changed(volume.slot, index).await? || forgotten) {
             digester.push(old.map_or(RangeDigest::ZERO, |(_, row)| row.range_digest));
             if let Some((_, row)) = old {
                 builder.push_old_page(row);
@@ -115,7 +125,7 @@ async fn base_of(
             }
             continue;
         }
-        if let Some((base, row)) = old {
+        if let Some((base, row)) = old.filter(|_| is_reused) {
             builder.release(&row, &base.entries(&row).await?);
         }
         let page = view.page(volume, index).await?;

@@ -10,13 +10,14 @@ use backhaul_cli::text;
 use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::digest::ObjectDigest;
 use backhaul_protocol::ids::LogSeq;
+use backhaul_protocol::limits::CHECKPOINT_INTERVAL;
 use backhaul_protocol::store::checkpoint::{Checkpoint, PointSummary};
 use backhaul_protocol::store::key::ObjectKey;
 use backhaul_protocol::store::log::{PointBody, Record, UnixMillis};
 use backhaul_protocol::wire::message::PointSpec;
 use tokio::task::JoinSet;
 
-use crate::catalog::{GroupLog, get_optional, number_of, numbered_prefix};
+use crate::catalog::{GroupLog, STALE_HINT, get_optional, number_of, numbered_prefix};
 use crate::read_error::ReadError;
 use crate::store::list_all;
 
@@ -162,14 +163,17 @@ impl GroupLog {
     /// Which numbers there are or were. `known`: there was a record of this number.
     async fn extent(&self, known: Option<LogSeq>, history: &mut History) -> Result<Extent, ReadError> {
         let hint = match self.hint().await {
-            Ok(hint) => hint.max(known),
+            Ok(hint) => hint,
             Err(e) if e.is_damage() => {
                 history.aside.push(e);
-                known
+                None
             }
             Err(e) => return Err(e),
         };
-        match self.newest_from(hint.unwrap_or_default()).await {
+        // Without a hint the log is listed: the number that is known may be far from the newest one.
+        let start = hint.map(|hint| known.map_or(hint, |known| hint.max(known)));
+        let hint = hint.max(known);
+        match self.newest_from(start).await {
             Ok(newest) => Ok(Extent { listed: std::iter::once(0..newest.0 + 1).collect(), hint }),
             Err(e) if e.is_damage() => {
                 if let Err(e) = self.floor().await {
@@ -282,11 +286,19 @@ impl GroupLog {
     }
 
     async fn look_back(&self) -> Result<Option<LogSeq>, ReadError> {
-        let checkpoint = self.list(&self.keys().checkpoint(LogSeq(0))).await?.last().and_then(number_of);
-        let hint = self.hint().await?.max(checkpoint).unwrap_or_default();
+        let hint = self.hint().await?;
         let newest = self.newest_from(hint).await?;
-        if newest < hint {
-            return Err(ReadError::Log { seq: hint, what: "it is missing" });
+        let next_checkpoint = LogSeq((newest.0 / CHECKPOINT_INTERVAL + 1) * CHECKPOINT_INTERVAL);
+        let known = match hint {
+            // No LIST where the hint is as new as it is while its writers live.
+            Some(hint) if newest.0.saturating_sub(hint.0) <= STALE_HINT => {
+                let beyond = self.is_there(&self.keys().checkpoint(next_checkpoint)).await?;
+                Some(if beyond { next_checkpoint } else { hint })
+            }
+            _ => self.list(&self.keys().checkpoint(LogSeq(0))).await?.last().and_then(number_of),
+        };
+        if let Some(seq) = known.filter(|known| newest < *known) {
+            return Err(ReadError::Log { seq, what: "it is missing" });
         }
         for back in 0..LOOK_BACK.min(newest.0 + 1) {
             let seq = LogSeq(newest.0 - back);

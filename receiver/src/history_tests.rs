@@ -178,7 +178,8 @@ async fn absurd_numbers_neither_hang_nor_fill_the_memory() {
         for seq in 1..=3 {
             log.find(PointSpec::Number(LogSeq(seq))).await.expect("it is there");
         }
-        // What can't be a record is none; what could be one is not passed over.
+        // What can't be a record is none; what could be one is not passed over where the log is listed: without a hint.
+        store.tamper(&log.keys().head(), None);
         assert_eq!(log.find(PointSpec::Latest).await.is_ok(), !junk.is_possible(), "{junk}");
         assert_eq!(log.head().await.is_ok(), !junk.is_possible(), "{junk}");
         store.tamper(&key, None);
@@ -232,6 +233,7 @@ async fn a_checkpoint_tells_how_long_the_log_was() {
     let (store, group) = group(6).await;
     let log = log(&group).await;
     log.write_checkpoint(LogSeq(6)).await.expect("the store works");
+    store.tamper(&log.keys().head(), None);
     let times: Vec<UnixMillis> = log.history().await.expect("the store works").points.iter().map(|p| p.time).collect();
     for (gone, left) in [(6, 5), (5, 4)] {
         store.tamper(&log.keys().log(LogSeq(gone)), None);
@@ -271,5 +273,26 @@ async fn a_record_below_the_floor_is_no_point() {
             assert!(matches!(error, ReadError::NotFound(_)), "checkpoint {with_checkpoint}, {spec:?}: {error}");
         }
         assert_eq!(log.find(PointSpec::Number(LogSeq(4))).await.expect("it exists").0.seq, LogSeq(4));
+    }
+}
+
+/// All sessions and restores of the newest point come this way: a LIST costs twelve times a GET.
+#[tokio::test]
+async fn with_a_hint_nothing_is_listed_and_a_gap_is_found() {
+    let (store, group) = group(40).await;
+    let log = log(&group).await;
+    for hint in [3, 30, 40] {
+        log.write_hint(LogSeq(hint)).await.expect("the store works");
+        let lists = store.counts().list;
+        assert_eq!(log.find(PointSpec::Latest).await.expect("undamaged").0.seq, LogSeq(40));
+        assert_eq!(log.head().await.expect("undamaged").0.record.seq, LogSeq(40));
+        assert_eq!(store.counts().list, lists, "the hint is {hint}");
+    }
+    // Nobody writes into a gap whose end is near, or takes what lies before it for all there is.
+    log.write_hint(LogSeq(20)).await.expect("the store works");
+    for gone in 21..=34 {
+        store.tamper(&log.keys().log(LogSeq(gone)), None);
+        assert!(log.head().await.is_err_and(|e| e.is_damage()), "21 to {gone} are gone");
+        assert!(log.find(PointSpec::Latest).await.is_ok_and(|(r, _)| r.seq == LogSeq(40)), "21 to {gone} are gone");
     }
 }

@@ -34,6 +34,7 @@ pub mod restore_error;
 pub mod round;
 pub mod salvage;
 pub mod scrub;
+pub mod seen;
 pub mod segment_writer;
 pub mod server;
 pub mod session;

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use backhaul_protocol::ids::{AgentId, GroupId};
+use backhaul_protocol::ids::{AgentId, CommitId, GroupId, LogSeq};
 use backhaul_protocol::store::checkpoint::Sharing;
 use backhaul_protocol::wire::message::CloseCode;
 use backhaul_seams::mutant::{Mutant, planted};
@@ -18,15 +18,18 @@ use backhaul_transport::endpoint::{Endpoint, Medium, Serving, Windows};
 use backhaul_transport::error::TransportError;
 use backhaul_transport::tls::server_config;
 use backhaul_transport::tuning::Tuning;
-use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, watch};
+use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, GroupLog};
 use crate::credit::Credit;
 use crate::limits::Limits;
 use crate::quota::Quota;
+use crate::read_error::ReadError;
 use crate::round::{GroupState, RoundResources};
+use crate::seen::Seen;
 use crate::segment_writer::Budget;
 
 /// What can be set.
@@ -82,11 +85,35 @@ pub struct GroupSlot {
     /// Held by the session that writes.
     pub state: Arc<AsyncMutex<GroupState>>,
     writer: Mutex<Writer>,
-    last_hint: Mutex<Option<Instant>>,
+    /// Apart from the slot: it is written while nobody waits.
+    pub hint: Arc<HeadHint>,
 }
 
 /// The head hint is written at most this often.
 const HINT_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Groups that are remembered without a session. Arbitrary; 32 bytes each.
+const MAX_CLEAN: usize = 10_000;
+
+/// What is remembered of groups.
+#[derive(Debug, Default)]
+struct Groups {
+    /// Those that have a session.
+    slots: HashMap<GroupId, Arc<GroupSlot>>,
+    /// Of those that had one, or that an agent joined: the newest commit, where nothing was left on it that waits for the
+    /// next session. No draft is looked for then.
+    clean: HashMap<GroupId, Option<Clean>>,
+}
+
+/// A commit on which nothing waits for the next session.
+#[derive(Clone, Copy, Debug)]
+struct Clean {
+    commit: CommitId,
+    since: Instant,
+}
+
+/// How long nobody is expected to have left a draft through another receiver: what it took meanwhile would be sent again.
+const CLEAN_FOR: Duration = Duration::from_secs(60);
 
 /// Which session is the group's writer.
 #[derive(Debug, Default)]
@@ -133,15 +160,54 @@ impl GroupSlot {
         }
         is_newest
     }
+}
 
-    /// Whether the hint may be written again.
-    pub fn hint_is_due(&self) -> bool {
-        let mut last = lock(&self.last_hint);
-        let due = last.is_none_or(|t| t.elapsed() >= HINT_INTERVAL);
-        if due {
-            *last = Some(Instant::now());
+/// When the head hint is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HintWhen {
+    /// Half a minute after the last time.
+    Due,
+    /// Nobody comes to write it later.
+    Now,
+}
+
+/// What the head hint tells, and what it should.
+#[derive(Debug, Default)]
+pub struct HeadHint {
+    state: Mutex<HintState>,
+    /// Held while it is written: a slow write must not put an older one in the place of a newer one.
+    writing: AsyncMutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct HintState {
+    written: Option<Instant>,
+    untold: Option<LogSeq>,
+}
+
+impl HeadHint {
+    /// A record was appended that the hint does not tell of.
+    pub fn appended(&self, seq: LogSeq) {
+        lock(&self.state).untold = Some(seq);
+    }
+
+    /// Whether there is something to tell, and it is time.
+    pub fn is_due(&self, when: HintWhen) -> bool {
+        let hint = lock(&self.state);
+        hint.untold.is_some() && (when == HintWhen::Now || hint.written.is_none_or(|t| t.elapsed() >= HINT_INTERVAL))
+    }
+
+    /// Writes what is not told yet.
+    pub async fn write(&self, log: &GroupLog) -> Result<(), ReadError> {
+        let _one_at_a_time = self.writing.lock().await;
+        let Some(seq) = lock(&self.state).untold.take() else { return Ok(()) };
+        lock(&self.state).written = Some(Instant::now());
+        let written = log.write_hint(seq).await;
+        if written.is_err() {
+            // Unless there is a newer one.
+            lock(&self.state).untold.get_or_insert(seq);
         }
-        due
+        written
     }
 }
 
@@ -160,7 +226,7 @@ pub struct Shared {
     pub resources: RoundResources,
     /// As set.
     pub settings: ServerSettings,
-    groups: Mutex<HashMap<GroupId, Arc<GroupSlot>>>,
+    groups: Mutex<Groups>,
     /// Connections whose handshake is under way.
     pub handshakes: Arc<Quota<IpAddr>>,
     /// Connections without a certificate.
@@ -171,6 +237,8 @@ pub struct Shared {
     pub credit: Arc<Credit>,
     /// Numbers sessions in logs.
     pub session_numbers: AtomicU64,
+    /// When agents were here.
+    pub seen: Seen,
 }
 
 /// What sessions hold at this moment: nothing of it when there are none.
@@ -221,29 +289,53 @@ impl Shared {
             sessions,
             credit: Credit::new(),
             session_numbers: AtomicU64::new(1),
+            seen: Seen::default(),
         })
     }
 
     /// The slot of a group.
     pub fn slot(shared: &Arc<Self>, group: GroupId) -> SlotInUse {
         let mut groups = lock(&shared.groups);
-        let new = || {
+        let Groups { slots, clean } = &mut *groups;
+        let sharing = shared.catalog.format.sharing;
+        let is_new = |clean: &Clean| sharing == Sharing::OneReceiver || clean.since.elapsed() < CLEAN_FOR;
+        let mut new = || {
+            let clean = clean.remove(&group).flatten().filter(is_new).map(|clean| clean.commit);
             Arc::new(GroupSlot {
-                state: Arc::new(AsyncMutex::new(GroupState::new(shared.catalog.log(group)))),
+                state: Arc::new(AsyncMutex::new(GroupState::new(shared.catalog.log(group), clean))),
                 writer: Mutex::default(),
-                last_hint: Mutex::default(),
+                hint: Arc::default(),
             })
         };
         let slot = match planted(Mutant::GroupsNotShared) {
-            false => groups.entry(group).or_insert_with(new).clone(),
+            false => slots.entry(group).or_insert_with(new).clone(),
             true => new(),
         };
-        SlotInUse { shared: shared.clone(), group, slot }
+        SlotInUse { shared: shared.clone(), group, slot: Some(slot) }
+    }
+
+    /// An agent joined the group here. If it is new, its first session need not look for a draft.
+    pub async fn joined(&self, group: GroupId) -> Result<(), ReadError> {
+        let log = self.catalog.log(group);
+        let Some((create, _)) = log.read(LogSeq(0)).await? else { return Ok(()) };
+        let keys = log.keys();
+        for prefix in [keys.draft_segments(create.generation, LogSeq(0)), keys.draft_maps(create.generation, LogSeq(0))]
+        {
+            if !self.catalog.store.list(&prefix, None, 1).await?.is_empty() {
+                return Ok(());
+            }
+        }
+        let mut groups = lock(&self.groups);
+        if !groups.slots.contains_key(&group) && groups.clean.len() < MAX_CLEAN {
+            let clean = Clean { commit: create.commit, since: Instant::now() };
+            groups.clean.entry(group).or_insert(Some(clean));
+        }
+        Ok(())
     }
 
     /// Groups of which something is remembered.
     pub fn groups_in_use(&self) -> usize {
-        lock(&self.groups).len()
+        lock(&self.groups).slots.len()
     }
 
     /// What sessions hold.
@@ -265,23 +357,30 @@ impl Shared {
 pub struct SlotInUse {
     shared: Arc<Shared>,
     group: GroupId,
-    slot: Arc<GroupSlot>,
+    /// Until it is dropped.
+    slot: Option<Arc<GroupSlot>>,
 }
 
 impl std::ops::Deref for SlotInUse {
     type Target = GroupSlot;
     fn deref(&self) -> &GroupSlot {
-        &self.slot
+        self.slot.as_deref().expect("only `drop` takes it")
     }
 }
 
 impl Drop for SlotInUse {
     fn drop(&mut self) {
         let mut groups = lock(&self.shared.groups);
-        // The map's and this one: all others are made under the same lock.
-        if Arc::strong_count(&self.slot) <= 2 {
-            groups.remove(&self.group);
+        // All others are made and dropped under the same lock, but for the map's.
+        drop(self.slot.take());
+        let Some(slot) = groups.slots.get(&self.group).filter(|slot| Arc::strong_count(slot) == 1) else { return };
+        let commit = slot.state.try_lock().ok().and_then(|state| state.clean());
+        groups.slots.remove(&self.group);
+        let clean = commit.map(|commit| Clean { commit, since: Instant::now() });
+        if groups.clean.len() >= MAX_CLEAN {
+            groups.clean.clear();
         }
+        groups.clean.insert(self.group, clean);
     }
 }
 
@@ -352,14 +451,14 @@ impl Server {
         self.endpoint.local_addr()
     }
 
-    /// Serves until `shutdown` turns true; then lets the sessions end: commits that are under way are finished, what
+    /// Serves until `shutdown`; then lets the sessions end: commits that are under way are finished, what
     /// has arrived otherwise stays as drafts.
-    pub async fn run(self, mut shutdown: watch::Receiver<bool>) {
+    pub async fn run(self, shutdown: CancellationToken) {
         let mut sessions = JoinSet::new();
         loop {
             tokio::select! {
                 biased;
-                () = crate::session::stopped(&mut shutdown) => break,
+                () = shutdown.cancelled() => break,
                 incoming = self.endpoint.accept() => {
                     let Some(incoming) = incoming else { break };
                     // Under load strangers must show that they receive what is sent to their address; until then they
@@ -407,7 +506,7 @@ mod tests {
         let own = GroupId([1; 16]);
         let (one, two) = (Shared::slot(&server.shared, own), Shared::slot(&server.shared, own));
         let other = Shared::slot(&server.shared, GroupId([2; 16]));
-        assert!(Arc::ptr_eq(&one.slot, &two.slot), "sessions of one group share what is known");
+        assert!(std::ptr::eq(&*one, &*two), "sessions of one group share what is known");
         assert_eq!(server.shared.groups_in_use(), 2);
         drop((one, other));
         assert_eq!(server.shared.groups_in_use(), 1);

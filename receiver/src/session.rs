@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use backhaul_protocol::ids::AgentId;
 use backhaul_protocol::session::sink::Peer;
-use backhaul_protocol::wire::message::{AgentMessage, CloseCode, Reason, ReceiverMessage, Refusal};
+use backhaul_protocol::wire::message::{AgentMessage, CloseCode, Joined, Reason, ReceiverMessage, Refusal};
 use backhaul_seams::clock;
 use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_transport::control::{self, ControlReceiver, ControlSender};
@@ -21,6 +21,7 @@ use backhaul_transport::tls::{AgentIdentity, agent_identity};
 use backhaul_transport::tuning::follow;
 use rustls_pki_types::CertificateDer;
 use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::access;
 use crate::notices::Busy;
@@ -51,7 +52,7 @@ pub async fn run(
     shared: Arc<Shared>,
     incoming: quinn::Incoming,
     handshake: Ticket<IpAddr>,
-    mut shutdown: watch::Receiver<bool>,
+    shutdown: CancellationToken,
 ) {
     let from = incoming.remote_address();
     let number = shared.session_numbers.fetch_add(1, Ordering::Relaxed);
@@ -62,7 +63,7 @@ pub async fn run(
     let connected = tokio::select! {
         biased;
         // Whoever is not in yet is not waited for.
-        () = stopped(&mut shutdown) => return,
+        () = shutdown.cancelled() => return,
         connected = connecting => connected,
     };
     let connection = match connected {
@@ -83,12 +84,7 @@ pub async fn run(
 }
 
 /// Serves an agent that has shown who it is to its end.
-pub async fn run_agent(
-    shared: Arc<Shared>,
-    link: Arc<dyn Link>,
-    identity: AgentIdentity,
-    shutdown: watch::Receiver<bool>,
-) {
+pub async fn run_agent(shared: Arc<Shared>, link: Arc<dyn Link>, identity: AgentIdentity, shutdown: CancellationToken) {
     let served = match welcome(&*link).await {
         Ok((sender, receiver)) => serve_agent(&shared, &link, identity, sender, receiver, shutdown).await,
         Err(error) => Err(error),
@@ -126,7 +122,7 @@ async fn serve(
     identity: Option<CertificateDer<'static>>,
     from: SocketAddr,
     handshake: Ticket<IpAddr>,
-    mut shutdown: watch::Receiver<bool>,
+    shutdown: CancellationToken,
 ) -> Result<CloseCode, TransportError> {
     let ticket = match identity {
         Some(_) => None,
@@ -141,7 +137,7 @@ async fn serve(
     let handshake = ticket.is_none().then_some(handshake);
     let (sender, mut receiver) = tokio::select! {
         biased;
-        () = stopped(&mut shutdown) => return Ok(CloseCode::ShuttingDown),
+        () = shutdown.cancelled() => return Ok(CloseCode::ShuttingDown),
         welcome = welcome(&**link) => welcome?,
     };
     // Until here who has a certificate is one of those who have not said what they want.
@@ -173,9 +169,26 @@ async fn serve_stranger(
     if let Err(refused) = &answer {
         tracing::warn!(reason = %refused, "refused to let a server join");
     }
+    let joined = answer.as_ref().ok().cloned();
     sender.send(&answer.map_or_else(ReceiverMessage::Refused, ReceiverMessage::Joined)).await?;
+    if let Some(joined) = joined
+        && tokio::time::timeout(LOOK_UP, has_joined(shared, &joined)).await.is_err()
+    {
+        tracing::warn!("could not note in time that an agent joined");
+    }
     farewell(sender, receiver).await;
     Ok(code)
+}
+
+async fn has_joined(shared: &Shared, joined: &Joined) {
+    if let Err(error) = shared.joined(joined.group).await {
+        tracing::warn!(%error, "could not look whether the group is new; its first session looks");
+    }
+    if let Some(Ok(identity)) = joined.certificates.first().map(|certificate| agent_identity(certificate))
+        && let Err(error) = shared.seen.note(&*shared.catalog.store, &identity).await
+    {
+        tracing::warn!(%error, "could not note when the agent was seen");
+    }
 }
 
 /// The last message must arrive before the connection goes: the agent closes its side when it has it.
@@ -191,7 +204,7 @@ async fn serve_agent(
     identity: AgentIdentity,
     sender: ControlSender<ReceiverMessage>,
     mut receiver: ControlReceiver<AgentMessage>,
-    mut shutdown: watch::Receiver<bool>,
+    shutdown: CancellationToken,
 ) -> Result<CloseCode, TransportError> {
     let (out, mut outgoing) = mpsc::channel::<ReceiverMessage>(64);
     let deaf = link.clone();
@@ -233,7 +246,7 @@ async fn serve_agent(
     link.allow(window.bytes());
     let mut session = Session::new(shared.clone(), identity, known, link.clone(), out.clone(), busy);
     let (stop, stopping) = watch::channel(None);
-    let reason = reason_to_end(shared, &identity, link, session.superseded(), &mut shutdown);
+    let reason = reason_to_end(shared, &identity, link, session.superseded(), &shutdown);
     let result = {
         let mut work = std::pin::pin!(session.work(&mut messages, stopping));
         let following = async {
@@ -259,7 +272,7 @@ async fn serve_agent(
         }
     };
     // A store that hangs must not keep the group from the next session: what had arrived is sent again, then.
-    if tokio::time::timeout(GRACE, session.leave()).await.is_err() {
+    if tokio::time::timeout(GRACE, session.finish()).await.is_err() {
         tracing::warn!(agent = %identity.agent, "could not keep what had arrived in time; it is sent again");
     }
     // They hold senders of their own: with them the writer would wait for messages that never come.
@@ -280,11 +293,11 @@ async fn reason_to_end(
     identity: &AgentIdentity,
     link: &Arc<dyn Link>,
     superseded: Arc<Notify>,
-    shutdown: &mut watch::Receiver<bool>,
+    shutdown: &CancellationToken,
 ) -> CloseCode {
     tokio::select! {
         biased;
-        () = stopped(shutdown) => CloseCode::ShuttingDown,
+        () = shutdown.cancelled() => CloseCode::ShuttingDown,
         () = superseded.notified() => CloseCode::Superseded,
         () = revoked(shared, identity) => CloseCode::Revoked,
         () = gone(&**link) => CloseCode::Done,
@@ -313,7 +326,7 @@ async fn revoked(shared: &Shared, identity: &AgentIdentity) {
         match tokio::time::timeout(LOOK_UP, access::is_revoked(&shared.catalog, identity.agent)).await {
             Ok(Ok(true)) => return,
             Ok(Ok(false)) => {
-                let seen = access::write_seen(&*shared.catalog.store, identity, clock::now());
+                let seen = shared.seen.note(&*shared.catalog.store, identity);
                 if !matches!(tokio::time::timeout(LOOK_UP, seen).await, Ok(Ok(()))) {
                     tracing::warn!(agent = %identity.agent, "could not note when the agent was seen");
                 }
@@ -322,12 +335,6 @@ async fn revoked(shared: &Shared, identity: &AgentIdentity) {
             Err(_) => tracing::warn!("looking up revocations takes long; trying again"),
         }
     }
-}
-
-/// Waits until the server shuts down.
-pub(crate) async fn stopped(shutdown: &mut watch::Receiver<bool>) {
-    // A sender that is gone means that the server is: the same.
-    let _ = shutdown.wait_for(|stop| *stop).await;
 }
 
 /// Sends what is still to be sent and waits shortly until the agent has it.

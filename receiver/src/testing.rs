@@ -60,7 +60,7 @@ impl TestGroup {
             address: "localhost:1".into(),
         };
         make_token(&catalog, [0; 32], request, SystemTime::now()).await.expect("a group");
-        let state = GroupState::new(catalog.expect_group(&name).await.expect("a group"));
+        let state = GroupState::new(catalog.expect_group(&name).await.expect("a group"), None);
         let resources = RoundResources {
             budget: Budget::new(64 << 20),
             verifiers: Arc::new(Semaphore::new(2)),
@@ -136,7 +136,7 @@ impl TestGroup {
 
     /// What an agent is told that offers the same again, from a receiver that has just started.
     pub(crate) async fn reopened(&mut self, volumes: &[(&str, u32, &[u8])]) -> Opened {
-        self.state = GroupState::new(self.state.log().clone());
+        self.state = GroupState::new(self.state.log().clone(), None);
         let (round, _, opened, ..) = self.begin(volumes).await.expect("a round");
         round.abandon(&mut self.state).await;
         opened

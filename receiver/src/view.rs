@@ -12,6 +12,7 @@ use backhaul_protocol::geometry::{BlockIndex, Geometry, PageIndex};
 use backhaul_protocol::ids::VolumeSlot;
 use backhaul_protocol::limits::BLOCKS_PER_PAGE;
 use backhaul_protocol::store::entry::{Entry, Page};
+use backhaul_protocol::store::envelope::{self, FormatError, Kind};
 use backhaul_protocol::store::key::GroupKeys;
 use backhaul_protocol::store::log::PointBody;
 use backhaul_protocol::store::map::{self, MapHead, MapRef, PAGES_START, REACH_LEN, ROW_LEN, Reached, Row};
@@ -167,7 +168,25 @@ impl MapReader {
         let bytes = self.store.get_range(&key, self.head.reach_offset..end).await?;
         map::read_reach(&bytes).map_err(ReadError::damaged(&key))
     }
+
+    /// The same for who writes it down elsewhere. The reach has no checksum of its own: the whole object's is checked, and
+    /// of one that is too large for that the reach is read a second time.
+    pub async fn checked_reach(&self) -> Result<Vec<(Reached, u64)>, ReadError> {
+        let key = self.keys.map(self.reference.id);
+        if self.reference.size > MAX_CHECKED {
+            let reach = self.reach().await?;
+            let is_same = self.reach().await? == reach;
+            return if is_same { Ok(reach) } else { Err(ReadError::damaged(&key)(FormatError::Checksum)) };
+        }
+        let bytes = self.store.get(&key, MAX_CHECKED as usize).await?;
+        envelope::open(Kind::Map, &bytes).map_err(ReadError::damaged(&key))?;
+        let reach = bytes.get(self.head.reach_offset as usize..).unwrap_or_default();
+        map::read_reach(reach).map_err(ReadError::damaged(&key))
+    }
 }
+
+/// Maps up to this size are read whole for their reach: all but those of volumes of terabytes. Arbitrary.
+const MAX_CHECKED: u64 = 64 << 20;
 
 /// Reads a segment's index.
 pub async fn read_segment_index(

@@ -228,3 +228,38 @@ impl Setup {
         std::fs::read_to_string(self.f.path("agent.err")).unwrap_or_default()
     }
 }
+
+/// What AWS charges for: a PUT costs twelve times a GET, a LIST the same, and a server far away answers each in its time.
+#[test]
+fn requests_are_few_and_nothing_is_listed() {
+    let s = setup("few", 100 * MIB);
+    let mut seen = s.server.requests().len();
+    let mut counted = |what: &str, most: u64| {
+        let requests = s.server.requests();
+        let new: Vec<_> = requests[seen..].iter().collect();
+        seen = requests.len();
+        let lists: Vec<_> = new.iter().filter(|r| r.path.contains("list-type=2")).map(|r| &r.path).collect();
+        assert!(lists.is_empty(), "{what}: {lists:?}");
+        let puts: Vec<_> = new.iter().filter(|r| r.method == "PUT").map(|r| &r.path).collect();
+        assert!(puts.len() as u64 <= most, "{what}: {} of at most {most}: {puts:?}", puts.len());
+    };
+    let sync = |s: &Setup| number(&s.agent.sync(), "bytes_sent").div_ceil(16 * MIB) + 2;
+    let most = sync(&s);
+    counted("first sync", most);
+    let most = sync(&s);
+    counted("no change", most);
+    s.change(5, 100_000);
+    let most = sync(&s);
+    counted("a small change", most);
+    s.change(6, 50_000_000);
+    let most = sync(&s);
+    counted("a large change", most);
+    let to = s.f.path("to.img");
+    for what in ["web/data", "web/data@2"] {
+        s.restore(what, &to, &[]).ok();
+        counted("restore", 0);
+    }
+    s.agent.run(&["restore", "data", "--to", to.to_str().expect("UTF-8")]).ok();
+    counted("restore over the network", 1);
+    assert!(image::same(&to, &s.disk));
+}

@@ -20,7 +20,7 @@ use backhaul_tests::{Random, image, needs_fault_disk};
 
 const MIB: u64 = 1 << 20;
 const VOLUME: u64 = MIB + MIB / 2 + 55;
-const POINTS: u64 = 9;
+const POINTS: u64 = 11;
 
 /// A point that was offered.
 pub struct Offered {

@@ -33,8 +33,9 @@ use backhaul_receiver::store::ObjectStore;
 use backhaul_transport::authority::Authority;
 use backhaul_volume::target::Durability;
 use bytes::Bytes;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use crate::fixture::GROUP;
 
@@ -51,14 +52,14 @@ pub struct Inside {
 pub struct Receiving {
     /// Where it listens.
     pub address: String,
-    stop: watch::Sender<bool>,
+    stop: CancellationToken,
     running: JoinHandle<()>,
 }
 
 impl Receiving {
     /// Ends it and waits.
     pub async fn end(self) {
-        let _ = self.stop.send(true);
+        self.stop.cancel();
         self.running.await.expect("the server does not panic");
     }
 }
@@ -100,8 +101,8 @@ impl Inside {
         };
         let server = Server::bind(catalog, authority, settings).expect("a free port");
         let address = server.local_addr().expect("bound").to_string();
-        let (stop, stopped) = watch::channel(false);
-        Receiving { address, stop, running: tokio::spawn(server.run(stopped)) }
+        let stop = CancellationToken::new();
+        Receiving { address, running: tokio::spawn(server.run(stop.clone())), stop }
     }
 
     fn context(&self, state: &Path) -> Context {

@@ -35,6 +35,11 @@ pub use identity::{Identity, IdentityMatch};
 pub use source::Source;
 pub use sys::give_back_large_blocks;
 
+/// What freezing file systems needs of the kernel and rustix does not have.
+pub mod frozen {
+    pub use crate::sys::{btrfs_id, ending_signals, freeze, loop_file, thaw};
+}
+
 /// The read side of a block device, an image file, or memory in tests.
 pub trait Volume: Send + Sync {
     /// Bytes. Does not change while the value lives, even if what is beneath grows.

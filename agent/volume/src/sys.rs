@@ -1,7 +1,8 @@
-//! System calls that rustix has no safe form of: leases and the ioctls of block devices. Nothing is decided here.
+//! System calls that rustix has no safe form of: leases, the ioctls of block devices and file systems, signals as a
+//! descriptor. Nothing is decided here.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use rustix::ioctl::{Getter, NoArg, Setter, ioctl};
 
@@ -11,6 +12,12 @@ const BLKRRPART: u32 = 0x125f;
 const BLKFLSBUF: u32 = 0x1261;
 const BLKZEROOUT: u32 = 0x127f;
 const BLKGETSIZE64: u32 = rustix::ioctl::opcode::read::<usize>(0x12, 114);
+const FIFREEZE: u32 = rustix::ioctl::opcode::read_write::<libc::c_int>(b'X', 119);
+const FITHAW: u32 = rustix::ioctl::opcode::read_write::<libc::c_int>(b'X', 120);
+// <linux/btrfs.h>: struct btrfs_ioctl_fs_info_args is 1024 bytes.
+const BTRFS_IOC_FS_INFO: u32 = rustix::ioctl::opcode::read::<[u64; 128]>(0x94, 31);
+// <linux/loop.h>: struct loop_info64 is 232 bytes.
+const LOOP_GET_STATUS64: u32 = 0x4c05;
 // <asm-generic/fcntl.h>; libc does not have it.
 const F_SETSIG: libc::c_int = 10;
 
@@ -56,6 +63,62 @@ pub(crate) fn device_drop_cache(fd: impl AsFd) -> io::Result<()> {
 pub(crate) fn device_reread_partitions(fd: impl AsFd) -> io::Result<()> {
     // SAFETY: BLKRRPART takes no argument.
     Ok(unsafe { ioctl(fd, NoArg::<BLKRRPART>::new()) }?)
+}
+
+/// Freezes the file system that an open file or folder is on. Waits for writers and for a sync, and no signal ends the
+/// wait, SIGKILL neither: a killed process may have frozen all the same. EBUSY if it is frozen already.
+pub fn freeze(fd: impl AsFd) -> io::Result<()> {
+    // SAFETY: FIFREEZE reads and writes nothing through its argument.
+    Ok(unsafe { ioctl(fd, NoArg::<FIFREEZE>::new()) }?)
+}
+
+/// Thaws it. EINVAL if it is not frozen; success does not say who froze it.
+pub fn thaw(fd: impl AsFd) -> io::Result<()> {
+    // SAFETY: FITHAW reads and writes nothing through its argument.
+    Ok(unsafe { ioctl(fd, NoArg::<FITHAW>::new()) }?)
+}
+
+/// The UUID of the btrfs that an open file or folder is on.
+pub fn btrfs_id(fd: impl AsFd) -> io::Result<[u8; 16]> {
+    // SAFETY: BTRFS_IOC_FS_INFO writes 1024 bytes through its argument; other file systems refuse it.
+    let info = unsafe { ioctl(fd, Getter::<BTRFS_IOC_FS_INFO, [u64; 128]>::new()) }?;
+    let mut id = [0; 16];
+    // Behind two integers. The kernel wrote bytes, whatever the order within our words.
+    #[allow(clippy::host_endian_bytes)]
+    for (half, word) in id.chunks_exact_mut(8).zip(&info[2..4]) {
+        half.copy_from_slice(&word.to_ne_bytes());
+    }
+    Ok(id)
+}
+
+/// Device (as the kernel packs it) and inode number of the file beneath an open loop device.
+pub fn loop_file(fd: impl AsFd) -> io::Result<(u64, u64)> {
+    // SAFETY: LOOP_GET_STATUS64 writes 232 bytes through its argument; other devices refuse it.
+    let info = unsafe { ioctl(fd, Getter::<LOOP_GET_STATUS64, [u64; 29]>::new()) }?;
+    Ok((info[0], info[1]))
+}
+
+/// From now on SIGTERM, SIGINT and SIGHUP do nothing to this thread and those that it starts, and come out of the
+/// descriptor instead.
+pub fn ending_signals() -> io::Result<OwnedFd> {
+    // SAFETY: a zeroed set is memory that sigemptyset may write to.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the set is ours and the signals exist.
+    unsafe {
+        libc::sigemptyset(&mut set);
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::sigaddset(&mut set, signal);
+        }
+    }
+    // SAFETY: reads a set that was filled above; blocking signals breaks no memory.
+    match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) } {
+        0 => {}
+        e => return Err(io::Error::from_raw_os_error(e)),
+    }
+    // SAFETY: reads a set that was filled above.
+    let fd = check(unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) })?;
+    // SAFETY: the kernel just made it, and nobody else knows the number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Takes a read lease. While it is held nobody has the file open for writing; who wants to waits for [`end_lease`].

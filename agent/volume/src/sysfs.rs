@@ -36,6 +36,11 @@ impl Dev {
         Some(Self { major: major.parse().ok()?, minor: minor.parse().ok()? })
     }
 
+    /// As other structures of the kernel hold it: major and minor number.
+    pub fn numbers(&self) -> (u32, u32) {
+        (self.major, self.minor)
+    }
+
     /// The block device that a path leads to.
     pub fn of_path(path: &Path) -> Option<Self> {
         let meta = fs::metadata(path).ok()?;

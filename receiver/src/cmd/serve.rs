@@ -7,7 +7,7 @@ use backhaul_protocol::store::checkpoint::Sharing;
 use backhaul_volume::durable;
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use super::Context;
 use crate::presence::Presence;
@@ -26,6 +26,8 @@ pub async fn run(args: ServeArgs, ctx: &Context, _out: Output) -> anyhow::Result
     let authority = ctx.authority()?;
     let _lock = durable::lock(&ctx.config.state.join("lock"))?;
     let catalog = ctx.catalog().await?;
+    // Without the right to list, what is missing looks forbidden: said now and not to every agent.
+    catalog.store.list("", None, 1).await?;
     let presence = match catalog.format.sharing {
         Sharing::ManyReceivers => None,
         Sharing::OneReceiver => Some(Presence::claim(catalog.store.clone()).await?),
@@ -35,7 +37,7 @@ pub async fn run(args: ServeArgs, ctx: &Context, _out: Output) -> anyhow::Result
     let server = Server::bind(catalog, authority, settings)?;
     // Handlers before the line that says so: who reads it may send a signal at once.
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let (stop, stopped) = watch::channel(false);
+    let stop = CancellationToken::new();
     let local = server.local_addr()?;
     {
         use std::io::Write;
@@ -43,12 +45,12 @@ pub async fn run(args: ServeArgs, ctx: &Context, _out: Output) -> anyhow::Result
         writeln!(stdout, "listening on {local}")?;
         stdout.flush()?;
     }
-    let running = tokio::spawn(server.run(stopped));
+    let running = tokio::spawn(server.run(stop.clone()));
     tokio::select! {
         _ = term.recv() => {}
         _ = int.recv() => {}
     }
-    let _ = stop.send(true);
+    stop.cancel();
     running.await?;
     if let Some(presence) = presence {
         presence.leave().await;

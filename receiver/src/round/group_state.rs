@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use backhaul_protocol::digest::{ObjectDigest, RangeDigest};
-use backhaul_protocol::ids::{CaptureNumber, VolumeSlot};
+use backhaul_protocol::ids::{CaptureNumber, CommitId, VolumeSlot};
 use backhaul_protocol::session::sink::GroupHead;
 use backhaul_protocol::store::segment::DraftBinding;
 use backhaul_seams::mutant::{Mutant, planted};
@@ -27,6 +27,8 @@ use crate::view::View;
 pub struct GroupState {
     pub(super) log: GroupLog,
     pub(super) known: Option<KnownHead>,
+    /// The commit on which an earlier session left nothing.
+    clean: Option<CommitId>,
 }
 
 #[derive(Debug)]
@@ -46,9 +48,17 @@ pub(super) struct KnownHead {
 }
 
 impl GroupState {
-    /// Nothing known yet.
-    pub fn new(log: GroupLog) -> Self {
-        Self { log, known: None }
+    /// Nothing known yet, but that no draft of this receiver lies on the commit `clean`. What another receiver left on
+    /// it is not found then, and is sent again.
+    pub fn new(log: GroupLog, clean: Option<CommitId>) -> Self {
+        Self { log, known: None, clean }
+    }
+
+    /// The newest commit, if nothing has arrived since.
+    pub fn clean(&self) -> Option<CommitId> {
+        let known = self.known.as_ref().filter(|k| k.draft.is_empty()).map(|k| k.head.record.commit);
+        // The first is left only where nobody has looked at the group since.
+        self.clean.or(known)
     }
 
     /// The log.
@@ -72,14 +82,14 @@ impl GroupState {
             }
         }
         if self.known.is_none() {
-            self.known = Some(KnownHead::load(&self.log).await?);
+            self.known = Some(KnownHead::load(&self.log, self.clean.take()).await?);
         }
         Ok(self.known.as_mut().expect("just loaded"))
     }
 }
 
 impl KnownHead {
-    async fn load(log: &GroupLog) -> Result<Self, ReadError> {
+    async fn load(log: &GroupLog, clean: Option<CommitId>) -> Result<Self, ReadError> {
         let (head, hash) = log.head().await?;
         let mut is_mending = false;
         let layers = match &head.point {
@@ -105,7 +115,7 @@ impl KnownHead {
         };
         let (generation, seq) = (head.record.generation, head.record.seq);
         let binding = DraftBinding { group: log.group(), base_commit: head.record.commit };
-        let draft = match planted(Mutant::DraftForgotten) {
+        let draft = match clean == Some(head.record.commit) || planted(Mutant::DraftForgotten) {
             false => Draft::recover(log.store(), log.keys(), binding, generation, seq, head.max_capture()).await?,
             true => Draft::empty(binding),
         };

@@ -183,12 +183,9 @@ async fn blindly(
     Ok((record, outcome, hash, len))
 }
 
-/// Work after a commit that nobody waits for: the hint, and a checkpoint where one is due.
-pub async fn after_commit(log: &GroupLog, seq: LogSeq, hint: bool, limits: Limits) {
+/// Work after a commit that nobody waits for: a checkpoint where one is due.
+pub async fn after_commit(log: &GroupLog, seq: LogSeq, limits: Limits) {
     assert!(!planted(Mutant::PanicsUnheard), "planted");
-    if hint && let Err(error) = log.write_hint(seq).await {
-        tracing::warn!(%error, "could not write the head hint; readers probe a little longer");
-    }
     if seq.0.is_multiple_of(limits.checkpoint_interval)
         && let Err(error) = log.write_checkpoint(seq).await
     {

@@ -130,7 +130,7 @@ async fn maps_of_a_commit_that_failed_are_not_taken_for_the_drafts() {
 async fn a_log_that_was_pruned_meanwhile_is_read_anew() {
     let mut group = TestGroup::new(Arc::new(MemStore::new()), 1 << 20).await;
     group.commit(&[("a", BLOCK, &noise(100_000, 0))]).await;
-    let mut slept = GroupState::new(group.state.log().clone());
+    let mut slept = GroupState::new(group.state.log().clone(), None);
     assert_eq!(slept.refresh().await.expect("readable").head.record.seq, LogSeq(1));
     for i in 1..7 {
         group.commit(&[("a", BLOCK, &noise(100_000, i))]).await;

@@ -24,7 +24,7 @@ use crate::access::{self, unix_millis};
 use crate::notices::Busy;
 use crate::read_session::Reading;
 use crate::round::{ABSORB_INTERVAL, GroupState, Round, after_commit};
-use crate::server::{Shared, SlotInUse};
+use crate::server::{HintWhen, Shared, SlotInUse};
 use crate::view::View;
 
 /// Range digests in one answer: 32 KiB of a frame of 64.
@@ -195,7 +195,7 @@ impl Session {
     }
 
     async fn note_seen(&self) {
-        if let Err(error) = access::write_seen(&*self.shared.catalog.store, &self.identity, clock::now()).await {
+        if let Err(error) = self.shared.seen.note(&*self.shared.catalog.store, &self.identity).await {
             tracing::warn!(%error, "could not note when the agent was seen");
         }
     }
@@ -285,6 +285,7 @@ impl Session {
     }
 
     async fn absorb(&mut self) -> Result<(), Refusal> {
+        self.tell_head(HintWhen::Due);
         if let Mode::Writing { round, held } = &mut self.mode {
             let failed = round.ingest.progress().borrow().failed.clone();
             if let Some(text) = failed {
@@ -319,17 +320,38 @@ impl Session {
         // Where it failed, whatever was thought to be known may be why: the next round reads it from the store again.
         let committed = committed?;
         held.is_true = true;
-        let (log, hint) = (held.state.log().clone(), self.slot.hint_is_due());
+        let log = held.state.log().clone();
+        self.slot.hint.appended(committed.seq);
         drop(held);
         self.reply(ReceiverMessage::Committed(committed)).await;
         tracing::info!(group = %log.group(), point = committed.seq.0, "committed");
         let limits = self.shared.settings.limits;
-        tokio::spawn(async move { after_commit(&log, committed.seq, hint, limits).await });
+        tokio::spawn(async move { after_commit(&log, committed.seq, limits).await });
+        self.tell_head(HintWhen::Due);
         Ok(())
     }
 
+    /// Writes the head hint where it is due. Nobody waits for it.
+    fn tell_head(&self, when: HintWhen) {
+        let hint = self.slot.hint.clone();
+        if hint.is_due(when) {
+            let log = self.shared.catalog.log(self.identity.group);
+            tokio::spawn(async move {
+                if let Err(error) = hint.write(&log).await {
+                    tracing::warn!(%error, "could not write the head hint; readers probe a little longer");
+                }
+            });
+        }
+    }
+
+    /// The session is over.
+    pub(super) async fn finish(&mut self) {
+        self.tell_head(HintWhen::Now);
+        self.leave().await;
+    }
+
     /// Ends what the session is doing; what has arrived stays as a draft.
-    pub(super) async fn leave(&mut self) {
+    async fn leave(&mut self) {
         if planted(Mutant::TaskLeftBehind) {
             let link = self.link.clone();
             tokio::spawn(async move {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use backhaul_protocol::store::key::ObjectKey;
+use backhaul_protocol::store::key::{self, ObjectKey};
 use bytes::Bytes;
 
 pub mod dir;
@@ -110,7 +110,7 @@ const LIST_PAGE: usize = 1000;
 /// Longest that [`open`] tries to reach a bucket: who mistyped an address wants to know soon. Arbitrary.
 const FIRST_CONTACT: Duration = Duration::from_secs(10);
 
-/// Opens the store that the user named, with the retry layer around it. A bucket is asked for one name first, so that
+/// Opens the store that the user named, with the retry layer around it. A bucket is asked for one object first, so that
 /// a wrong address, region, bucket or key is said now and not after all the retries of some later call.
 pub async fn open(url: &StoreUrl, settings: &StoreSettings) -> Result<Arc<dyn ObjectStore>, StoreError> {
     match url {
@@ -130,7 +130,15 @@ pub async fn open_s3(
 ) -> Result<Arc<dyn ObjectStore>, StoreError> {
     let store = Arc::new(s3::S3Store::connect(url, &settings.s3, credentials).await?);
     let soon = RetrySettings { total: settings.retry.total.min(FIRST_CONTACT), ..settings.retry.clone() };
-    retry::Retrying::new(Arc::clone(&store), soon).list("", None, 1).await.map_err(|e| e.while_opening(url))?;
+    let first = retry::Retrying::new(Arc::clone(&store), soon);
+    let found = match first.get_range(&key::format(), 0..1).await {
+        // Not found is also what a bucket says that is not there, and a server that is none of S3.
+        Err(e) if e.kind() == Kind::NotFound => first.list("", None, 1).await.map(drop),
+        // Whatever it is, it is there: who reads it says what is wrong with it.
+        Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Unreadable) => Ok(()),
+        found => found.map(drop),
+    };
+    found.map_err(|e| e.while_opening(url))?;
     Ok(Arc::new(retry::Retrying::new(store, settings.retry.clone())))
 }
 

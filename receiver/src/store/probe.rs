@@ -127,9 +127,18 @@ async fn look(store: &Arc<dyn ObjectStore>, run: &str, keys: &mut Vec<ObjectKey>
     let mut most = 1;
     for round in 0..ROUNDS {
         let key = new_key(run, &format!("race{round}"), keys)?;
-        let race = race(store, &key).await?;
+        let race = race(store, &key, contents).await?;
         most = most.max(race.winners);
         seen.read_after_write &= race.read_back;
+    }
+    if most > 1 {
+        // What one receiver does alone: a new object, and the same one once more before the first answer has come.
+        let key = new_key(run, "alone", keys)?;
+        store.put_new(&key, contents(3)).await?;
+        seen.read_after_write &= reads_as(store, &key, &[contents(3)]).await?;
+        let key = new_key(run, "again", keys)?;
+        let again = race(store, &key, |_| contents(4)).await?;
+        seen.read_after_write &= again.winners > 0 && reads_as(store, &key, &[contents(4)]).await?;
     }
     if most > 1 && seen.conditional_put == ConditionalPut::Atomic {
         seen.conditional_put = ConditionalPut::Racy { winners: most };
@@ -166,11 +175,12 @@ async fn in_turn(store: &Arc<dyn ObjectStore>, key: &ObjectKey) -> Result<Condit
 
 struct Race {
     winners: usize,
-    /// The winner's bytes, or with several one of theirs, were read back.
+    /// The winner's bytes were read back. Several may have spoiled each other's: one receiver writes no two contents under
+    /// one name.
     read_back: bool,
 }
 
-async fn race(store: &Arc<dyn ObjectStore>, key: &ObjectKey) -> Result<Race, StoreError> {
+async fn race(store: &Arc<dyn ObjectStore>, key: &ObjectKey, contents: fn(usize) -> Bytes) -> Result<Race, StoreError> {
     let start = Arc::new(Barrier::new(WRITERS));
     let mut writers = JoinSet::new();
     for writer in 0..WRITERS {
@@ -196,12 +206,17 @@ async fn race(store: &Arc<dyn ObjectStore>, key: &ObjectKey) -> Result<Race, Sto
     if let Some(error) = failed {
         return Err(error);
     }
-    let read_back = match store.get(key, BODY).await {
-        Ok(found) => winners.iter().any(|winner| contents(*winner) == found),
-        Err(error) if error.is_not_found() => false,
-        Err(error) => return Err(error),
-    };
+    let theirs: Vec<Bytes> = winners.iter().map(|winner| contents(*winner)).collect();
+    let read_back = theirs.len() > 1 || reads_as(store, key, &theirs).await?;
     Ok(Race { winners: winners.len(), read_back })
+}
+
+async fn reads_as(store: &Arc<dyn ObjectStore>, key: &ObjectKey, expected: &[Bytes]) -> Result<bool, StoreError> {
+    match store.get(key, BODY).await {
+        Ok(found) => Ok(expected.contains(&found)),
+        Err(error) if error.is_not_found() => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Whether a list in pages of two shows what was written, in order.

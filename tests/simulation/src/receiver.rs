@@ -14,8 +14,8 @@ use backhaul_receiver::store::retry::Retrying;
 use backhaul_transport::authority::Authority;
 use backhaul_transport::link::Link;
 use backhaul_transport::tls::AgentIdentity;
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use crate::bucket::{Bucket, Door, Weather};
 use crate::chance::Chance;
@@ -36,7 +36,7 @@ pub struct Receiver {
 struct Running {
     gate: Gate,
     shared: Arc<Shared>,
-    shutdown: watch::Sender<bool>,
+    shutdown: CancellationToken,
     sessions: Vec<JoinHandle<()>>,
 }
 
@@ -72,7 +72,7 @@ impl Receiver {
         let settings =
             ServerSettings { memory: 1 << 20, segment_size: 80 << 10, limits: LIMITS, ..ServerSettings::default() };
         let shared = Shared::new(catalog, authority(), settings);
-        self.running = Some(Running { gate, shared, shutdown: watch::Sender::new(false), sessions: Vec::new() });
+        self.running = Some(Running { gate, shared, shutdown: CancellationToken::new(), sessions: Vec::new() });
         true
     }
 
@@ -87,7 +87,7 @@ impl Receiver {
     /// SIGTERM: sessions may finish.
     pub fn stop(&mut self) {
         if let Some(running) = self.running.take() {
-            let _ = running.shutdown.send(true);
+            running.shutdown.cancel();
             tokio::spawn(async move {
                 // What its service manager does after 90 s.
                 tokio::time::sleep(Duration::from_secs(90)).await;
@@ -107,12 +107,8 @@ impl Receiver {
     /// Serves a connection.
     pub fn serve(&mut self, link: Arc<dyn Link>, identity: AgentIdentity) {
         if let Some(running) = &mut self.running {
-            let session = backhaul_receiver::session::run_agent(
-                running.shared.clone(),
-                link,
-                identity,
-                running.shutdown.subscribe(),
-            );
+            let session =
+                backhaul_receiver::session::run_agent(running.shared.clone(), link, identity, running.shutdown.clone());
             running.sessions.push(tokio::spawn(session));
         }
     }

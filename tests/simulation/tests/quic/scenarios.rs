@@ -269,7 +269,7 @@ async fn stopped_while_committing(site: &mut Site) {
     let attempt = site.attempt();
     sleep(seconds(2)).await;
     let receiver = site.receiver.take().expect("it runs");
-    receiver.stop.send(true).expect("it runs");
+    receiver.stop.cancel();
     let ended = site.ended(attempt).await;
     assert!(ended.is_ok(), "seed {}: a commit while the receiver stops: {ended:?}", site.seed);
     let stopped = tokio::time::timeout(SOON, receiver.running).await;
@@ -353,7 +353,7 @@ pub async fn nothing_is_left(mut site: Site) {
     let (seed, held) = (site.seed, site.shared().in_use());
     assert_eq!(held, InUse::default(), "seed {seed}: all sessions are over (I12)");
     let receiver = site.receiver.take().expect("it runs");
-    receiver.stop.send(true).expect("it runs");
+    receiver.stop.cancel();
     let stopped = tokio::time::timeout(SOON, receiver.running).await;
     assert!(stopped.is_ok(), "seed {seed}: a receiver without sessions does not stop");
     drop((receiver.shared, site));

@@ -37,9 +37,9 @@ use backhaul_transport::authority::Authority;
 use backhaul_transport::endpoint::Endpoint;
 use backhaul_volume::target::Durability;
 use bytes::Bytes;
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 /// Longer than anything that an attempt may wait for.
 const HANG: Duration = Duration::from_secs(900);
@@ -71,7 +71,7 @@ pub struct Site {
 /// A receiver that runs.
 pub struct Receiver {
     pub shared: Arc<Shared>,
-    pub stop: watch::Sender<bool>,
+    pub stop: CancellationToken,
     pub running: JoinHandle<()>,
 }
 
@@ -173,9 +173,9 @@ impl Site {
         let settings = ServerSettings { memory: 1 << 20, segment_size: 100 << 10, ..ServerSettings::default() };
         let medium = self.packets.bind(RECEIVER.into());
         let server = Server::over(medium, catalog, self.authority(), settings).expect("an endpoint");
-        let (stop, stopped) = watch::channel(false);
+        let stop = CancellationToken::new();
         let shared = server.shared();
-        self.receiver = Some(Receiver { shared, stop, running: tokio::spawn(server.run(stopped)) });
+        self.receiver = Some(Receiver { shared, running: tokio::spawn(server.run(stop.clone())), stop });
     }
 
     /// Kill -9.
