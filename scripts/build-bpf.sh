@@ -6,7 +6,8 @@ cd "$(dirname "$0")/../agent/hints"
 out=$(realpath -m "${1:-prebuilt/hints.bpf.o}")
 # Line information and paths are of no use to the kernel; -mcpu=v3 has the atomic instructions.
 cd bpf
-clang -O2 -g -Wall -Wextra -Werror -target bpfel -mcpu=v3 -fdebug-prefix-map="$PWD=." -fno-ident -c hints.bpf.c -o "$out"
-strip=$(command -v llvm-strip || ls /usr/lib/llvm-*/bin/llvm-strip 2>/dev/null | tail -1) || true
-[[ -n $strip ]] || { echo "llvm-strip is missing" >&2; exit 1; }
+clang=$(command -v clang-14 || command -v clang) || { echo "clang is missing: apt-get install clang llvm" >&2; exit 1; }
+"$clang" -O2 -g -Wall -Wextra -Werror -target bpfel -mcpu=v3 -fdebug-prefix-map="$PWD=." -fno-ident -c hints.bpf.c -o "$out"
+strip=$(command -v llvm-strip || ls -v /usr/lib/llvm-*/bin/llvm-strip 2>/dev/null | tail -1) || true
+[[ -n $strip ]] || { echo "llvm-strip is missing: apt-get install llvm" >&2; exit 1; }
 "$strip" --strip-debug "$out"

@@ -30,9 +30,28 @@
 //! pinned, another boot, device, size or place, an index that is older than what was settled, commands that go past the
 //! block layer.
 //!
-//! One more is for what the kernel itself does not notice: for devices with requests the programs count sectors, and the
-//! disk's own count of sectors written must not be ahead. The comparison is exact once the device is idle, as in a
-//! freeze; before, what is just being written can hide as much that was lost.
+//! One more is for what the kernel itself does not notice: the programs count sectors, and the disk's own count of
+//! sectors written must be the same. How much follows from that depends on the moment:
+//!
+//! | | devices with requests | without (device mapper, md) |
+//! |---|---|---|
+//! | nothing writes to the whole disk: all of it is frozen, or idle for a moment | exact | exact |
+//! | something does, to another partition too | a loss can hide behind writes that are just ending | nothing is known |
+//!
+//! [`Tracked::proof`] waits some milliseconds for such a moment and says which it was. A take, and [`Tracked::doubt`], say
+//! at once what is known. Both take the disk's own counters, also for partitions.
+//!
+//! # What the caller does
+//!
+//! 1. [`Tracker::track`] before the scan, and again after every doubt. [`Start::Fresh`] asks for a full scan.
+//! 2. While all is live: [`Tracked::take_into`] and read these blocks, as often as wished. A doubt: back to 1.
+//! 3. File systems frozen, or whatever else makes the volume stand still: [`Tracked::take_into`] once more into the same
+//!    set, then [`Tracked::proof`]. Nothing of that allocates, opens files or faults. Then read what the last take brought,
+//!    from the frozen device or a snapshot.
+//! 4. [`Proof::Complete`]: what was not taken did not change, as sure as the counts. [`Proof::Busy`]: others write to the
+//!    same disk all the time. Ask again. If it stays so, nothing speaks for a loss, but it could hide until the next
+//!    proof: a full scan, or a point that is not to be called whole before a later proof.
+//! 5. [`Tracked::device_doubt`] after the thaw, then commit, then [`Tracked::settle`].
 //!
 //! # What is marked
 //!

@@ -99,7 +99,12 @@ fn devices_without_requests_are_witnessed_when_idle() {
             return;
         };
         let pins = Pins::new();
-        let tracked = settled(&pins.open(), &zram.path, 1);
+        let tracked = while_written(&zram.path, 64 * MIB, Duration::from_micros(200), || {
+            let tracked = track(&pins.open(), &zram.path, 1, None);
+            tracked.take().unwrap();
+            tracked
+        });
+        assert_eq!(tracked.proof(), Ok(Proof::Complete), "begun while it was written to");
         while_written(&zram.path, 64 * MIB, Duration::from_micros(200), || {
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_millis(500) {
