@@ -37,7 +37,7 @@ impl Tracker {
         let _changing = inner.changing.lock().unwrap_or_else(|e| e.into_inner());
         let blocks = subject.length.div_ceil(u64::from(subject.block_size));
         let elements = Elements::of(blocks);
-        let witness = Witness::of(subject.dev, kind).ok_or_else(|| TrackError::Unsupported {
+        let witness = Witness::of(subject.dev, kind).ok_or(TrackError::Unsupported {
             device: device_name,
             why: "the kernel does not count what is written to it",
         })?;

@@ -5,9 +5,11 @@
 mod support;
 
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
-use backhaul_hints::{Blocks, Tracked};
+use backhaul_hints::{Blocks, Proof, Tracked};
 use support::*;
 
 #[test]
@@ -47,6 +49,58 @@ fn takes_of_a_tebibyte() {
         .skip(1)
         .filter_map(|m| m.split("Size:").nth(1)?.split_whitespace().next()?.parse::<u64>().ok());
     println!("largest map: {} KiB", sizes.max().unwrap());
+}
+
+/// Whether doubts under a steady 5 MB/s of small writes are false: no block is written twice, so that what was lost is
+/// known. `BACKHAUL_HINTS_SECONDS`.
+#[test]
+#[ignore = "measures"]
+fn doubts_of_a_minute() {
+    const SMALL: u64 = 16 << 10;
+    let seconds = std::env::var("BACKHAUL_HINTS_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(60);
+    let (pins, disk) = (Pins::new(), Loop::new(4 << 30));
+    let tracker = pins.open();
+    let mut subject = subject(&disk.path, 1, None);
+    subject.block_size = SMALL as u32;
+    let begin = || tracker.track(&subject).unwrap();
+    let (written, done) = (AtomicU64::new(0), AtomicBool::new(false));
+    let blocks = begin().blocks();
+    let place = |n: u64| n * 7919 % blocks;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (file, payload) = (direct(&disk.path), Payload::new(4096));
+            while !done.load(SeqCst) {
+                file.write_all_at(payload.bytes(), place(written.load(SeqCst)) * SMALL).unwrap();
+                written.fetch_add(1, SeqCst);
+                std::thread::sleep(Duration::from_micros(700));
+            }
+        });
+        let (mut tracked, mut first, mut all) = (begin(), written.load(SeqCst), Blocks::none(blocks));
+        let (mut doubts, mut real, mut proofs, mut busy, mut unproved) = (0, 0, 0, 0, 0);
+        for _ in 0..seconds {
+            std::thread::sleep(Duration::from_secs(1));
+            let until = written.load(SeqCst);
+            let doubt = tracked.take_into(&mut all).err();
+            let proof = tracked.proof();
+            let lost = (first + 1..until).filter(|n| !all.contains(place(*n))).count();
+            match (doubt, proof) {
+                (None, Ok(Proof::Complete)) => proofs += 1,
+                (None, Ok(Proof::Busy)) => busy += 1,
+                (doubt, proof) => {
+                    println!("{doubt:?}, then {proof:?}: {lost} blocks lost");
+                    (doubts, real) = (doubts + 1, real + u32::from(lost > 0));
+                    (tracked, first, all) = (begin(), written.load(SeqCst), Blocks::none(blocks));
+                    continue;
+                }
+            }
+            unproved += u32::from(lost > 0 && proof == Ok(Proof::Busy));
+            assert!(lost == 0 || proof == Ok(Proof::Busy), "F11: {lost} blocks lost and a proof of the contrary");
+        }
+        done.store(true, SeqCst);
+        let written = written.load(SeqCst);
+        println!("{written} writes, {seconds} takes: {doubts} doubts, {real} of them of real losses; {proofs} proofs");
+        println!("{busy} times busy, {unproved} of them with losses");
+    });
 }
 
 #[test]
