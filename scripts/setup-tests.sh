@@ -11,9 +11,9 @@ export PATH="$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin"
 
 declare -A package=([cc]=build-essential [mke2fs]=e2fsprogs [debugfs]=e2fsprogs [mkfs.ext4]=e2fsprogs [mkfs.xfs]=xfsprogs [losetup]=mount
                     [partx]=util-linux [mount]=mount [fsfreeze]=util-linux [unshare]=util-linux
-                    [mkfs.btrfs]=btrfs-progs [mksquashfs]=squashfs-tools)
+                    [mkfs.btrfs]=btrfs-progs [mksquashfs]=squashfs-tools [clang]=clang [llvm-strip]=llvm)
 wanted=(cc mke2fs debugfs)
-[[ ${1:-} == --build-only ]] || wanted+=(mkfs.ext4 mkfs.xfs mkfs.btrfs mksquashfs losetup partx mount fsfreeze unshare)
+[[ ${1:-} == --build-only ]] || wanted+=(mkfs.ext4 mkfs.xfs mkfs.btrfs mksquashfs losetup partx mount fsfreeze unshare clang llvm-strip)
 missing=()
 for tool in "${wanted[@]}"; do
   command -v "$tool" >/dev/null || missing+=("${package[$tool]}")
