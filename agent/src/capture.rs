@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use backhaul_volume::scan::{DEVICE_READ, FILE_READ};
 use backhaul_volume::stability::{Stability, Watch};
+use backhaul_volume::sysfs::Dev;
 use backhaul_volume::{Source, Volume, VolumeError};
 
 use crate::state::ProtectedVolume;
@@ -24,10 +25,16 @@ pub trait Capture: Volume {
     fn recheck(&self) -> Result<(), VolumeError>;
     /// How much to read at once, bytes.
     fn read_len(&self) -> usize;
+    /// The block device that it is.
+    fn device(&self) -> Option<Dev> {
+        None
+    }
 }
 
 /// A watch over a volume, from before its first byte is read until after the last.
 pub trait Watching: Send {
+    /// Whether it is lost already. `false` proves nothing yet.
+    fn has_moved(&self) -> bool;
     /// What it can't see, for people.
     fn caveats(&self) -> &[String];
     /// Ends it.
@@ -54,9 +61,15 @@ impl Capture for Source {
     fn read_len(&self) -> usize {
         if self.is_device() { DEVICE_READ } else { FILE_READ }
     }
+    fn device(&self) -> Option<Dev> {
+        Source::device(self)
+    }
 }
 
 impl Watching for Watch {
+    fn has_moved(&self) -> bool {
+        Watch::has_moved(self)
+    }
     fn caveats(&self) -> &[String] {
         Watch::caveats(self)
     }

@@ -1,23 +1,32 @@
-//! A round: opens a session, scans every volume, sends what differs, commits.
+//! A round: opens a session, looks where volumes may have changed, sends what differs, commits.
 //!
 //! Read first: [`Round::run`].
+//!
+//! | file | owns |
+//! |---|---|
+//! | [`looking`] | which passes there are, and what the point may claim |
+//! | [`passes`] | one pass: pages to threads, records to streams |
+//! | [`feeding`] | which pages, and what the receiver has of each |
+//! | [`tally`] | what it adds up to |
 //!
 //! The order matters: the watch over each volume begins before its first byte is read and ends after the last byte of
 //! all volumes; the commit id and the next nonce are on disk before the commit is asked for.
 
 mod error;
 mod feeding;
-mod summing;
+mod looking;
+mod passes;
+mod tally;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use backhaul_cli::Phase;
 use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::digest::{RangeDigest, VolumeDigest};
 use backhaul_protocol::geometry::PageIndex;
-use backhaul_protocol::ids::{CaptureNumber, CommitId, LogSeq, Name, VolumeSlot, WriterNonce};
+use backhaul_protocol::ids::{CommitId, LogSeq, Name, VolumeId, VolumeSlot, WriterNonce};
 use backhaul_protocol::session::source::{SourceError, SourceOutput};
 use backhaul_protocol::store::log::{MachineId, UnixMillis};
 use backhaul_protocol::wire::message::{
@@ -25,22 +34,22 @@ use backhaul_protocol::wire::message::{
 };
 use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::situation::{Situation, reached};
-use backhaul_seams::{failpoint, random, threads};
+use backhaul_seams::{failpoint, random};
 use backhaul_transport::error::TransportError;
-use backhaul_volume::stability::Stability;
-use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::capture::{Capture, Provider, Watching};
+use crate::capture::{Capture, Provider};
 use crate::connection::{Session, SessionError, unix_millis};
-use crate::pipeline::pace::{Compression, Pace};
-use crate::pipeline::scanner::{Job, ScanError, ScanShared, ScanVolume, Scanner};
-use crate::pipeline::sender::Sender;
+use crate::pipeline::pace::Compression;
+use crate::pipeline::scanner::ScanVolume;
 use crate::state::{Joined, LastPoint, PendingCommit, ProtectedVolume, StateDir, WriterState};
+use crate::tracker::Tracking;
 use crate::tracker::hash_index::HashIndex;
 pub use error::RoundError;
-use feeding::{Feeder, Known, PlannedVolume};
-use summing::{ScanSum, Summing};
+use feeding::{Known, PlannedVolume};
+use looking::Looking;
+use passes::Passes;
+use tally::ScanSum;
 
 /// Commits without an answer that are remembered. Arbitrary.
 const MAX_PENDING: usize = 16;
@@ -78,6 +87,14 @@ pub struct Round<'a> {
     pub progress: Phase,
 }
 
+/// What a commit states of its volumes, in the order in which they were offered.
+struct Stated<'a> {
+    digests: &'a [VolumeDigest],
+    full_scans: &'a BTreeMap<VolumeId, UnixMillis>,
+    consistency: Consistency,
+    capture_start: UnixMillis,
+}
+
 /// One volume of a finished round.
 #[derive(Clone, Debug)]
 pub struct RoundVolume {
@@ -112,50 +129,54 @@ pub struct RoundReport {
     pub volumes: Vec<RoundVolume>,
 }
 
-/// A volume that was opened for a round.
-struct Opening {
-    source: Arc<dyn Capture>,
-    index: HashIndex,
-    watch: Box<dyn Watching>,
-}
-
 impl Round<'_> {
     /// Runs it to its end over an open connection.
-    pub async fn run(self, session: &mut Session) -> Result<RoundReport, RoundError> {
+    pub async fn run(self, session: &mut Session, tracking: &mut Tracking) -> Result<RoundReport, RoundError> {
+        let result = self.try_run(session, tracking).await;
+        if result.is_err() {
+            // What was taken and not settled is pinned, and comes back with the next take.
+            tracking.forget();
+        }
+        result
+    }
+
+    async fn try_run(&self, session: &mut Session, tracking: &mut Tracking) -> Result<RoundReport, RoundError> {
         let begun = Instant::now();
         let messages_before = session.message_bytes();
         let capture_start = unix_millis();
-        let openings = self.open_volumes().await?;
+        let mut looking = Looking::open(self, tracking).await?;
         let mut writer = self.state.writer()?;
         let opened = self.open_session(session, &writer).await?;
         learn_outcome(&mut writer, &opened);
-        let (mut watched, mut parts) = (Vec::new(), Vec::new());
-        for Opening { source, index, watch } in openings {
-            watched.push((source.clone(), watch));
-            parts.push((source, index));
-        }
-        let planned = self.plan(session, parts, &opened).await?;
-        let scan = self.scan(session, &planned, opened.next_capture).await?;
-        let (consistency, caveats) = self.label(watched)?;
-        let order: Vec<VolumeSlot> = opened.volumes.iter().map(|v| v.slot).collect();
+        let mut planned = self.plan(session, looking.parts(), &opened).await?;
+        looking.sort_by_slot(&opened.volumes.iter().map(|v| v.slot).collect::<Vec<_>>());
+        let mut passes = Passes::start(self, session, opened.next_capture)?;
+        looking.look(session, &mut passes, &mut planned, self.progress.clone()).await?;
+        let scan = passes.finish(&planned).await?;
+        let (consistency, caveats) = looking.label()?;
         let digest_of = |slot: &VolumeSlot| {
             scan.digests.volumes.iter().find(|(s, _)| s == slot).map(|(_, d)| *d).expect("every volume was scanned")
         };
-        let digests: Vec<VolumeDigest> = order.iter().map(digest_of).collect();
+        let digests: Vec<VolumeDigest> = opened.volumes.iter().map(|v| digest_of(&v.slot)).collect();
         let changed = scan.digests.delta_blocks > 0 || opened.volumes_changed == VolumesChanged::Yes;
-        let mut committed = None;
         let wanted = match self.when {
             CommitWhen::Always => true,
             CommitWhen::Changed => changed,
             CommitWhen::ChangedOrBetterThan(last) => changed || consistency > last,
         };
+        let mut committed = None;
         if wanted {
-            committed =
-                Some(self.commit(session, &mut writer, &opened, &scan, &digests, consistency, capture_start).await?);
+            let full_scans = looking.full_scans(unix_millis());
+            let stated = Stated { digests: &digests, full_scans: &full_scans, consistency, capture_start };
+            committed = Some(self.commit(session, &mut writer, &opened, &scan, stated).await?);
         } else {
             let (machine, _) = session.machine();
             machine.abandon();
             session.tell(&AgentMessage::StillEqual { at: capture_start }).await?;
+        }
+        if wanted || !changed {
+            // What was read is what the receiver's newest point has.
+            looking.settle(tracking, unix_millis())?;
         }
         let volumes = self.volumes.iter().zip(digests);
         Ok(RoundReport {
@@ -170,19 +191,6 @@ impl Round<'_> {
             took: begun.elapsed(),
             volumes: volumes.map(|(v, digest)| RoundVolume { name: v.name.clone(), digest }).collect(),
         })
-    }
-
-    async fn open_volumes(&self) -> Result<Vec<Opening>, RoundError> {
-        let mut openings = Vec::new();
-        for v in self.volumes {
-            let failed = |source| RoundError::Volume { name: v.name.clone(), source };
-            let source = self.provider.open(v).map_err(failed)?;
-            let index = HashIndex::open(&self.state.index_dir(), v.id, v.geometry)?;
-            let watched = source.clone();
-            let watch = threads::blocking(move || watched.watch()).await;
-            openings.push(Opening { source, index, watch });
-        }
-        Ok(openings)
     }
 
     async fn open_session(&self, session: &mut Session, writer: &WriterState) -> Result<Opened, RoundError> {
@@ -211,120 +219,41 @@ impl Round<'_> {
         }
     }
 
-    /// What the receiver has, page by page as far as it is known without asking.
+    /// What the receiver has, page by page as far as it is known without asking. In the order of slots, as digests are
+    /// summed up.
     async fn plan(
         &self,
         session: &mut Session,
-        parts: Vec<(Arc<dyn Capture>, HashIndex)>,
+        parts: Vec<(Arc<dyn Capture>, Arc<HashIndex>)>,
         opened: &Opened,
     ) -> Result<Vec<PlannedVolume>, RoundError> {
         let mut planned = Vec::new();
         for ((v, (source, index)), opened) in self.volumes.iter().zip(parts).zip(&opened.volumes) {
+            let (slot, geometry) = (opened.slot, v.geometry);
             let trusted = opened.digest == Some(index.volume_digest()) || planted(Mutant::IndexAdoptedUnseen);
             let known = if trusted {
                 reached(Situation::IndexTrusted);
                 Known::Indexed
             } else {
                 reached(Situation::RangesCompared);
-                Known::Ranges(ask_ranges(session, opened.slot, v.geometry.pages()).await?)
+                Known::Ranges(ask_ranges(session, slot, geometry.pages()).await?)
             };
-            let scan = ScanVolume {
-                slot: opened.slot,
-                geometry: v.geometry,
-                read_len: source.read_len(),
-                volume: Box::new(source),
-                index,
-            };
+            let scan = ScanVolume { slot, geometry, read_len: source.read_len(), volume: Box::new(source), index };
             planned.push(PlannedVolume { scan: Arc::new(scan), known, opened: opened.clone() });
         }
-        // Digests of a round are summed up in the order of slots.
         planned.sort_by_key(|p| p.opened.slot);
         Ok(planned)
     }
 
-    async fn scan(
-        &self,
-        session: &mut Session,
-        planned: &[PlannedVolume],
-        first_capture: CaptureNumber,
-    ) -> Result<ScanSum, RoundError> {
-        let mut sender = Sender::start(&session.link);
-        let sent_bytes = sender.bytes();
-        let shared = Arc::new(ScanShared {
-            capture: AtomicU64::new(first_capture.0),
-            stop: AtomicBool::new(false),
-            pace: Pace::new(self.compression, Some(session.link.clone())),
-        });
-        let pieces = sender.pieces.clone();
-        let mut scanner = Scanner::start(self.threads, shared.clone(), pieces).map_err(RoundError::Threads)?;
-        let mut sum = Summing::new(planned, self.progress.clone());
-        let mut feeder = Feeder::new(planned, self.threads);
-        let jobs = std::mem::replace(&mut scanner.jobs, mpsc::channel(1).0);
-        let mut jobs = Some(jobs);
-        while !sum.is_complete() {
-            feeder.ask(session);
-            // Sent here and not inside the select: a message that is cut off would break the stream.
-            session.send_pending().await?;
-            if feeder.is_done() {
-                jobs = None;
-            }
-            let ready = feeder.ready(sum.pages());
-            tokio::select! {
-                biased;
-                error = sender.failed() => return Err(SessionError::from(error).into()),
-                scanned = scanner.scanned.recv() => match scanned {
-                    Some(scanned) => scanned?.into_iter().for_each(|s| sum.add(s)),
-                    None => return Err(ScanError::Stopped.into()),
-                },
-                permit = reserve(&jobs), if ready => {
-                    let (Some(permit), Some(job)) = (permit, feeder.take()) else { return Err(ScanError::Stopped.into()) };
-                    permit.send(job);
-                }
-                output = session.next() => feeder.answer(output?)?,
-            }
-        }
-        drop(jobs);
-        drop(scanner);
-        sender.finish().await.map_err(SessionError::from)?;
-        let next_capture = shared.capture.load(Ordering::Relaxed);
-        Ok(sum.finish(sent_bytes.load(Ordering::Relaxed), CaptureNumber(next_capture.saturating_sub(1))))
-    }
-
-    /// `Crash` only if every volume held still from before the first byte was read until after the last.
-    fn label(
-        &self,
-        watched: Vec<(Arc<dyn Capture>, Box<dyn Watching>)>,
-    ) -> Result<(Consistency, Vec<String>), RoundError> {
-        let mut consistency = Consistency::Crash;
-        let mut caveats = Vec::new();
-        let (sources, watches): (Vec<_>, Vec<_>) = watched.into_iter().unzip();
-        for ((v, watch), source) in self.volumes.iter().zip(watches).zip(&sources) {
-            let watch = if planted(Mutant::WatchedOneByOne) { source.watch() } else { watch };
-            caveats.extend(watch.caveats().iter().map(|c| format!("{}: {c}", v.name)));
-            if let Stability::Moved(why) = watch.finish() {
-                if !planted(Mutant::FuzzyCalledCrash) {
-                    consistency = Consistency::Fuzzy;
-                }
-                caveats.push(format!("{}: {why}", v.name));
-            }
-        }
-        for (v, source) in self.volumes.iter().zip(sources) {
-            source.recheck().map_err(|source| RoundError::Volume { name: v.name.clone(), source })?;
-        }
-        Ok((consistency, caveats))
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "a commit states all of it")]
     async fn commit(
         &self,
         session: &mut Session,
         writer: &mut WriterState,
         opened: &Opened,
         scan: &ScanSum,
-        digests: &[VolumeDigest],
-        consistency: Consistency,
-        capture_start: UnixMillis,
+        stated: Stated<'_>,
     ) -> Result<Committed, RoundError> {
+        let Stated { digests, full_scans, consistency, capture_start } = stated;
         let commit = CommitId(random::id());
         let nonce = WriterNonce(random::bytes());
         // Bounded; a receiver that lets so many commits get lost on one record is not one to wait for.
@@ -348,8 +277,12 @@ impl Round<'_> {
             max_capture: scan.max_capture,
             delta_digest: scan.digests.delta,
             delta_blocks: scan.digests.delta_blocks,
-            // Every block was read in this round.
-            volumes: digests.iter().map(|d| CommitVolume { digest: *d, full_scan: capture_end }).collect(),
+            volumes: self
+                .volumes
+                .iter()
+                .zip(digests)
+                .map(|(v, digest)| CommitVolume { digest: *digest, full_scan: full_scans[&v.id] })
+                .collect(),
         };
         step("commit.decided")?;
         let (machine, now) = session.machine();
@@ -400,8 +333,4 @@ async fn ask_ranges(session: &mut Session, slot: VolumeSlot, pages: u64) -> Resu
         }
     }
     Ok(ranges)
-}
-
-async fn reserve(jobs: &Option<mpsc::Sender<Job>>) -> Option<mpsc::Permit<'_, Job>> {
-    jobs.as_ref()?.reserve().await.ok()
 }

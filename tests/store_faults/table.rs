@@ -85,7 +85,8 @@ pub fn rows() -> Vec<Row> {
         row("501 not implemented", any(), refuse(501, "NotImplemented"),                 "config config config config config config config config config config"),
         row("400 the clock is wrong", any(), refuse(403, "RequestTimeTooSkewed"),        "config config config config config config config config config config"),
         row("404 for what is there", get(), refuse(404, "NoSuchKey"),                    "config ok     ok     one    ok     absent absent config ok     unfit"),
-        row("416 for what is there", get(), refuse(416, "InvalidRange"),                 "corrupt ok    ok     one    ok     corrupt corrupt corrupt ok  corrupt"),
+        // A bucket that answers is opened: what is wrong with an object is found by who reads it.
+        row("416 for what is there", get(), refuse(416, "InvalidRange"),                 "ok     ok     ok     one    ok     corrupt corrupt corrupt ok  corrupt"),
         row("replies damaged for good", get(), Flip(180),                                "ok     ok     ok     one    ok     later  hash   config ok     later"),
         row("whole objects where a part is asked for", get(), NoRanges,                  "ok     ok     ok     one    ok     ok     config ok     ok     unfit"),
         row("a proxy's page with 200 for good", any(), Say(200, PAGE),                   "later  later  later  later  later  later  later  later  left   later"),

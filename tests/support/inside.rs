@@ -14,6 +14,7 @@ use backhaul_agent::pipeline::pace::Compression;
 use backhaul_agent::protect;
 use backhaul_agent::replicate::{CommitWhen, Round, RoundError, RoundReport};
 use backhaul_agent::state::StateDir;
+use backhaul_agent::tracker::Tracking;
 use backhaul_cli::Output;
 use backhaul_protocol::ids::{LogSeq, Name, RepositoryId};
 use backhaul_protocol::store::checkpoint::{Sharing, StoreFormat};
@@ -158,7 +159,7 @@ impl Inside {
             when: CommitWhen::Always,
             progress: Self::quiet().progress(1).phase("scan", 1),
         };
-        let report = round.run(&mut session).await;
+        let report = round.run(&mut session, &mut Tracking::default()).await;
         // Also after a failure, so that the receiver does not wait for us.
         session.close().await;
         report

@@ -19,6 +19,8 @@ use crate::protect;
 use crate::replicate::{CommitWhen, Round, RoundError, RoundReport};
 use crate::state::{Joined, StateDir};
 use crate::status::{RunState, StatusServer};
+use crate::tracker::Tracking;
+use crate::tracker::hints::KernelHints;
 
 /// A point is committed at least this often, though nothing changed.
 const AT_LEAST: Duration = Duration::from_secs(3600);
@@ -60,6 +62,7 @@ pub async fn run(args: RunArgs, ctx: &Context, out: Output) -> anyhow::Result<Ex
         failures: 0,
         renewal_tried: None,
         status: &status,
+        tracking: Tracking::new(Box::new(KernelHints::new(joined.state))),
     };
     loop {
         let begun = Instant::now();
@@ -93,6 +96,7 @@ struct Service<'a> {
     failures: u32,
     renewal_tried: Option<Instant>,
     status: &'a StatusServer,
+    tracking: Tracking,
 }
 
 impl Service<'_> {
@@ -171,7 +175,7 @@ impl Service<'_> {
             },
             progress: Output::progress(&self.quiet(), 1).phase("scan and send", total),
         };
-        let report = round.run(&mut session).await?;
+        let report = round.run(&mut session, &mut self.tracking).await?;
         self.session = Some(session);
         Ok(report)
     }

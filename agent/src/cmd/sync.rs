@@ -12,6 +12,7 @@ use crate::machine::machine_id;
 use crate::protect;
 use crate::replicate::{CommitWhen, Round, RoundError, RoundReport};
 use crate::state::{Joined, StateDir};
+use crate::tracker::Tracking;
 
 /// How long a receiver is waited for.
 const WAIT_FOR_RECEIVER: Duration = Duration::from_secs(30);
@@ -65,7 +66,7 @@ pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
             progress: out.progress(1).phase("scan and send", total),
         };
         tried += 1;
-        match round.run(&mut session).await {
+        match round.run(&mut session, &mut Tracking::default()).await {
             Ok(report) => {
                 session.close().await;
                 break report;

@@ -2,6 +2,7 @@
 //!
 //! Read first: [`Scanner::start`], [`Job`] and [`Scanned`].
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use backhaul_protocol::digest::{BlockDigest, RangeDigest};
 use backhaul_protocol::geometry::{BlockIndex, Geometry, PageIndex};
 use backhaul_protocol::ids::{CaptureNumber, VolumeSlot};
 use backhaul_protocol::record::{Encoder, encode_zeroes};
-use backhaul_protocol::session::compare::BlockSet;
+use backhaul_protocol::session::compare::{BlockSet, differing};
 use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::threads::is_simulated;
 use backhaul_volume::scan::PageScanner;
@@ -53,7 +54,27 @@ pub struct ScanVolume {
     /// How much is read at once, bytes.
     pub read_len: usize,
     /// Digests as they were last read.
-    pub index: HashIndex,
+    pub index: Arc<HashIndex>,
+}
+
+/// Which blocks of a page are read.
+#[derive(Clone, Copy, Debug)]
+pub enum Reading {
+    /// All.
+    Everything,
+    /// These, and where the receiver has something else than the index. The others are as the index has them.
+    Only(BlockSet),
+}
+
+/// A page to scan.
+#[derive(Debug)]
+pub struct PageWork {
+    /// Which.
+    pub page: PageIndex,
+    /// What the receiver has of it.
+    pub held: HeldPage,
+    /// How much of it to read.
+    pub reading: Reading,
 }
 
 /// What the receiver has of a page.
@@ -77,8 +98,8 @@ pub enum HeldPage {
 pub struct Job {
     /// Which volume.
     pub volume: Arc<ScanVolume>,
-    /// Which pages, and what the receiver has of each.
-    pub pages: Vec<(PageIndex, HeldPage)>,
+    /// Which pages.
+    pub pages: Vec<PageWork>,
 }
 
 /// A page that was scanned; what differs is with the sender.
@@ -87,14 +108,10 @@ pub struct Scanned {
     pub slot: VolumeSlot,
     /// Which page.
     pub page: PageIndex,
-    /// Of every block, as read now.
-    pub digests: Vec<BlockDigest>,
-    /// Their digest.
-    pub range: RangeDigest,
-    /// What the draft held before.
-    pub draft: BlockSet,
-    /// What was sent now.
-    pub sent: BlockSet,
+    /// What the draft holds now: it held it before, or it was sent.
+    pub drafted: BlockSet,
+    /// What was read and is not as the index had it.
+    pub differed: BlockSet,
     /// Number of records that were sent.
     pub records: u64,
     /// Bytes that were read.
@@ -180,7 +197,7 @@ fn work(
             waited += full.elapsed();
             sent
         };
-        let scan = |(page, held)| worker.scan(&volume, page, held, &mut hand_on, shared);
+        let scan = |work| worker.scan(&volume, work, &mut hand_on, shared);
         let scanned = pages.into_iter().map(scan).collect();
         shared.pace.worked(began.elapsed().saturating_sub(waited), waited);
         if done.blocking_send(scanned).is_err() {
@@ -199,13 +216,13 @@ async fn work_as_task(
     let mut worker = Worker::new().expect("a simulation has memory");
     while let Some(Job { volume, pages }) = queue.recv().await {
         let mut scanned = Vec::new();
-        for (page, held) in pages {
+        for work in pages {
             let mut pieces = Vec::new();
             let hand_on = &mut |piece| {
                 pieces.push(piece);
                 Ok(())
             };
-            scanned.push(worker.scan(&volume, page, held, hand_on, shared));
+            scanned.push(worker.scan(&volume, work, hand_on, shared));
             for piece in pieces {
                 if records.send(piece).await.is_err() {
                     return;
@@ -234,58 +251,72 @@ impl Worker {
     fn scan(
         &mut self,
         volume: &ScanVolume,
-        page: PageIndex,
-        held: HeldPage,
+        PageWork { page, held, reading }: PageWork,
         hand_on: &mut dyn FnMut(Bytes) -> Result<(), ScanError>,
         shared: &ScanShared,
     ) -> Result<Scanned, ScanError> {
-        let (held, draft) = match held {
-            HeldPage::AsIndexed => (volume.index.page(page)?, BlockSet::default()),
-            HeldPage::Zero => (vec![BlockDigest::ZERO; volume.geometry.page_blocks(page)], BlockSet::default()),
-            HeldPage::Digests { digests, draft } => (digests, draft),
+        let before = volume.index.page(page)?;
+        let (held, mut drafted) = match held {
+            HeldPage::AsIndexed => (None, BlockSet::default()),
+            HeldPage::Zero => (Some(vec![BlockDigest::ZERO; before.len()]), BlockSet::default()),
+            HeldPage::Digests { digests, draft } => (Some(digests), draft),
         };
+        let held = held.as_deref().unwrap_or(&before);
         let scanner = match &mut self.scanner {
             Some((slot, scanner)) if *slot == volume.slot => scanner,
             other => &mut other.insert((volume.slot, PageScanner::new(volume.geometry, volume.read_len))).1,
         };
         let (encoder, piece) = (&mut self.encoder, &mut self.piece);
         encoder.set_effort(shared.pace.effort()).map_err(ScanError::Compressor)?;
-        let mut sent = BlockSet::default();
-        let mut count = 0;
-        let found = scanner.scan::<ScanError>(&*volume.volume, volume.geometry, page, |block, digest, bytes| {
-            if digest.is_zero() || held[block.in_page()] == digest {
-                return if shared.stop.load(Ordering::Relaxed) { Err(ScanError::Stopped) } else { Ok(()) };
-            }
-            let capture = CaptureNumber(shared.capture.fetch_add(1, Ordering::Relaxed));
-            encoder.encode(volume.slot, block, capture, digest, bytes, piece);
-            sent.insert(block.in_page());
-            count += 1;
-            if piece.len() >= PIECE { hand_on(full(piece)) } else { Ok(()) }
-        })?;
-        let zeroes = if planted(Mutant::ZeroesNotSent) { Vec::new() } else { zero_runs(&held, &found.digests) };
+        let (mut records, mut bytes_read) = (0, 0);
+        let mut digests = before.clone();
+        for run in runs(&reading, held, &before) {
+            bytes_read += scanner.scan_range::<ScanError>(
+                &*volume.volume,
+                volume.geometry,
+                page,
+                run,
+                &mut digests,
+                |block, digest, bytes| {
+                    if digest.is_zero() || held[block.in_page()] == digest {
+                        return if shared.stop.load(Ordering::Relaxed) { Err(ScanError::Stopped) } else { Ok(()) };
+                    }
+                    let capture = CaptureNumber(shared.capture.fetch_add(1, Ordering::Relaxed));
+                    encoder.encode(volume.slot, block, capture, digest, bytes, piece);
+                    drafted.insert(block.in_page());
+                    records += 1;
+                    if piece.len() >= PIECE { hand_on(full(piece)) } else { Ok(()) }
+                },
+            )?;
+        }
+        let zeroes = if planted(Mutant::ZeroesNotSent) { Vec::new() } else { zero_runs(held, &digests) };
         for (first, run) in zeroes {
             let capture = CaptureNumber(shared.capture.fetch_add(1, Ordering::Relaxed));
             let block = BlockIndex(page.first_block().0 + first as u64);
             encode_zeroes(volume.slot, block, run as u64, capture, piece);
-            (first..first + run).for_each(|i| sent.insert(i));
-            count += 1;
+            (first..first + run).for_each(|i| drafted.insert(i));
+            records += 1;
         }
         if !piece.is_empty() {
             hand_on(full(piece))?;
         }
-        let range = RangeDigest::of(&found.digests);
-        volume.index.store(page, range, &found.digests)?;
-        Ok(Scanned {
-            slot: volume.slot,
-            page,
-            digests: found.digests,
-            range,
-            draft,
-            sent,
-            records: count,
-            bytes_read: found.bytes_read,
-        })
+        volume.index.store(page, RangeDigest::of(&digests), &digests)?;
+        let differed = differing(&before, &digests);
+        Ok(Scanned { slot: volume.slot, page, drafted, differed, records, bytes_read })
     }
+}
+
+/// Neighbouring blocks that are to be read.
+fn runs(reading: &Reading, held: &[BlockDigest], indexed: &[BlockDigest]) -> Vec<Range<usize>> {
+    let Reading::Only(noted) = reading else { return std::iter::once(0..indexed.len()).collect() };
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for i in (0..indexed.len()).filter(|i| noted.contains(*i) || held[*i] != indexed[*i]) {
+        match runs.last_mut() {
+            Some(run) if run.end == i => run.end += 1,
+            _ => runs.push(i..i + 1),
+        }
+    }
+    runs
 }
 
 /// Takes the piece; the next one begins.
@@ -308,6 +339,18 @@ fn zero_runs(held: &[BlockDigest], actual: &[BlockDigest]) -> Vec<(usize, usize)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_noted_is_read_and_what_the_receiver_has_otherwise() {
+        let [a, b] = [BlockDigest([1; 32]), BlockDigest([2; 32])];
+        let (indexed, mut held) = ([a; 8], [a; 8]);
+        let noted = Reading::Only(BlockSet::from_words(&[0b1000_0110]));
+        assert_eq!(runs(&noted, &held, &indexed), [1..3, 7..8]);
+        held[3] = b;
+        assert_eq!(runs(&noted, &held, &indexed), [1..4, 7..8]);
+        assert!(runs(&Reading::Only(BlockSet::default()), &[a], &[a]).is_empty());
+        assert_eq!(runs(&Reading::Everything, &held, &indexed).first(), Some(&(0..8)));
+    }
 
     #[test]
     fn only_what_became_zero_is_sent_as_zeroes() {

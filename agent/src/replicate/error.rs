@@ -1,5 +1,6 @@
 //! How a round fails.
 
+use backhaul_hints::Doubt;
 use backhaul_protocol::ids::Name;
 use backhaul_protocol::session::source::SourceError;
 use backhaul_protocol::wire::message::Reason;
@@ -30,6 +31,14 @@ pub enum RoundError {
     /// The index.
     #[error(transparent)]
     Index(#[from] IndexError),
+    /// What is marked of a volume is not to be believed any more: the next round reads all of it.
+    #[error("volume {name}: {doubt}; all of it is read again")]
+    Doubted {
+        /// Which.
+        name: Name,
+        /// Why.
+        doubt: Doubt,
+    },
     /// The state folder.
     #[error(transparent)]
     State(#[from] StateError),
@@ -55,7 +64,7 @@ impl RoundError {
         match self {
             Self::Session(e) => e.is_retryable(),
             Self::Volume { source, .. } | Self::Scan(ScanError::Volume(source)) => source.is_retryable(),
-            Self::Scan(ScanError::Stopped) => true,
+            Self::Scan(ScanError::Stopped) | Self::Doubted { .. } => true,
             Self::Index(e) | Self::Scan(ScanError::Index(e)) => e.is_retryable(),
             Self::Scan(ScanError::Compressor(_)) | Self::Threads(_) => false,
             Self::State(e) => e.is_retryable(),

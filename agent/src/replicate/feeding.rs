@@ -5,8 +5,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use backhaul_cli::Phase;
+use backhaul_hints::Blocks;
 use backhaul_protocol::digest::RangeDigest;
 use backhaul_protocol::geometry::PageIndex;
+use backhaul_protocol::session::compare::BlockSet;
 use backhaul_protocol::session::source::{SourceError, SourceOutput};
 use backhaul_protocol::wire::message::OpenedVolume;
 use backhaul_seams::mutant::{Mutant, planted};
@@ -14,7 +17,7 @@ use backhaul_seams::situation::{Situation, reached};
 
 use super::RoundError;
 use crate::connection::Session;
-use crate::pipeline::scanner::{HeldPage, Job, ScanVolume};
+use crate::pipeline::scanner::{HeldPage, Job, PageWork, Reading, ScanVolume, Scanned};
 
 /// Questions for pages that are under way at once: 32 KiB each on the way back.
 const QUESTIONS: usize = 16;
@@ -25,6 +28,30 @@ pub(super) enum Known {
     Indexed,
     /// Range digests of what it has.
     Ranges(Vec<RangeDigest>),
+    /// All as indexed, with the draft: what differed was sent in an earlier pass of this round.
+    Sent,
+}
+
+/// Where one pass looks in one volume.
+#[derive(Clone, Debug)]
+pub(super) enum Look {
+    /// Everywhere.
+    Everywhere,
+    /// At these blocks, and where the receiver has something else than the index.
+    At(Blocks),
+}
+
+impl Look {
+    fn reading(&self, page: PageIndex) -> Reading {
+        match self {
+            Self::Everywhere => Reading::Everything,
+            Self::At(blocks) => {
+                let first = (page.first_block().0 / 64) as usize;
+                let words = blocks.words().get(first..).unwrap_or_default();
+                Reading::Only(BlockSet::from_words(words))
+            }
+        }
+    }
 }
 
 pub(super) struct PlannedVolume {
@@ -33,29 +60,29 @@ pub(super) struct PlannedVolume {
     pub(super) opened: OpenedVolume,
 }
 
-/// Gives pages in order, asking for those that must be compared block by block a little ahead.
+/// Gives the pages of one pass in order, asking for those that must be compared block by block a little ahead.
 pub(super) struct Feeder<'a> {
     planned: &'a [PlannedVolume],
+    looks: &'a [Look],
     /// Pages of one job.
     batch: usize,
     /// Next page to look at.
     next: (usize, u64),
     /// Pages in order; those without an answer yet are `None`.
     window: VecDeque<(usize, PageIndex, Option<HeldPage>)>,
-    /// Pages that were given.
-    given: u64,
-    /// How many of them may be out: what is found of each is kept, 32 KiB, until all before it are done.
-    most: u64,
+    /// Pages that were given, and not done yet.
+    pub(super) out: usize,
+    progress: Phase,
 }
 
 impl<'a> Feeder<'a> {
-    pub(super) fn new(planned: &'a [PlannedVolume], threads: usize) -> Self {
+    /// `looks` has one for each volume.
+    pub(super) fn new(planned: &'a [PlannedVolume], looks: &'a [Look], threads: usize, progress: Phase) -> Self {
+        debug_assert_eq!(planned.len(), looks.len());
         let pages: u64 = planned.iter().map(|p| p.scan.geometry.pages()).sum();
         // Small volumes page by page, so that all threads have work to the end.
         let batch = (pages / (threads as u64 * 32)).clamp(1, QUESTIONS as u64) as usize;
-        // As many as threads have, as many that wait for a thread, and as many that wait for the slowest one.
-        let most = (threads * batch * 3 + QUESTIONS) as u64;
-        Self { planned, batch, next: (0, 0), window: VecDeque::new(), given: 0, most }
+        Self { planned, looks, batch, next: (0, 0), window: VecDeque::new(), out: 0, progress }
     }
 
     pub(super) fn ask(&mut self, session: &mut Session) {
@@ -68,6 +95,10 @@ impl<'a> Feeder<'a> {
             let page = PageIndex(self.next.1);
             self.next.1 += 1;
             let held = volume.held(page);
+            if held.as_ref().is_some_and(|held| self.is_settled(held, page)) {
+                self.progress.add(volume.scan.geometry.page_len(page));
+                continue;
+            }
             if held.is_none() {
                 let (machine, now) = session.machine();
                 machine.ask_page(now, volume.opened.slot, page);
@@ -90,10 +121,20 @@ impl<'a> Feeder<'a> {
         Ok(())
     }
 
-    /// Whether there is a page to give, `done` of those that were given being done with. Where one thread sends a page
-    /// full of data, others would run ahead over terabytes of nothing.
-    pub(super) fn ready(&self, done: u64) -> bool {
-        self.given - done < self.most && self.window.front().is_some_and(|(_, _, held)| held.is_some())
+    /// Whether nothing of the page is to be read.
+    fn is_settled(&self, held: &HeldPage, page: PageIndex) -> bool {
+        let Reading::Only(blocks) = self.looks[self.next.0].reading(page) else { return false };
+        let as_indexed = match held {
+            HeldPage::AsIndexed => true,
+            HeldPage::Zero => self.planned[self.next.0].scan.index.range(page) == RangeDigest::ZERO,
+            HeldPage::Digests { .. } => false,
+        };
+        blocks.is_empty() && as_indexed
+    }
+
+    /// Whether there is a page to give.
+    pub(super) fn is_ready(&self) -> bool {
+        self.window.front().is_some_and(|(_, _, held)| held.is_some())
     }
 
     /// The next pages that are known, of one volume.
@@ -103,29 +144,42 @@ impl<'a> Feeder<'a> {
         while pages.len() < self.batch && self.window.front().is_some_and(|(v, _, held)| *v == volume && held.is_some())
         {
             let (_, page, held) = self.window.pop_front()?;
-            pages.push((page, held?));
+            pages.push(PageWork { page, held: held?, reading: self.looks[volume].reading(page) });
         }
-        self.given += pages.len() as u64;
+        self.out += pages.len();
         Some(Job { volume: self.planned[volume].scan.clone(), pages })
     }
 
+    /// Some of the pages that were given are done.
+    pub(super) fn done(&mut self, scanned: &[Scanned]) {
+        self.out -= scanned.len();
+        for s in scanned {
+            let volume = self.planned.iter().find(|p| p.opened.slot == s.slot);
+            volume.into_iter().for_each(|v| self.progress.add(v.scan.geometry.page_len(s.page)));
+        }
+    }
+
+    /// Whether every page was looked at.
     pub(super) fn is_done(&self) -> bool {
         let (volume, page) = self.next;
         let last = self.planned.len().checked_sub(1);
         let exhausted =
             last.is_none_or(|l| volume > l || (volume == l && page >= self.planned[l].scan.geometry.pages()));
-        self.window.is_empty() && exhausted
+        self.window.is_empty() && exhausted && self.out == 0
     }
 }
 
 impl PlannedVolume {
     /// What the receiver has of the page; `None` if it must be asked.
     fn held(&self, page: PageIndex) -> Option<HeldPage> {
+        if matches!(self.known, Known::Sent) {
+            return Some(HeldPage::AsIndexed);
+        }
         if self.opened.draft.contains(page.0) && !planted(Mutant::DraftPagesNotAsked) {
             return None;
         }
         match &self.known {
-            Known::Indexed => Some(HeldPage::AsIndexed),
+            Known::Indexed | Known::Sent => Some(HeldPage::AsIndexed),
             Known::Ranges(ranges) => {
                 let range = ranges[page.0 as usize];
                 if range == RangeDigest::ZERO {

@@ -5,8 +5,8 @@
 //! It is read, not mapped: a sector that can't be read is an error of a read, and would be SIGBUS from a map. An index
 //! that can't be read when it is opened is made anew.
 //!
-//! One flat file for each volume: 64 bytes of header (`BHIX`, version, block size, length), and from byte 4096 on 32
-//! bytes a block; holes are zero blocks. It is changed in place while a round goes on, without any order or flush. That
+//! One flat file for each volume: a header (`BHIX`, version, block size, length, epoch, number of points, time of the
+//! last full scan), and from byte 4096 on 32 bytes a block; holes are zero blocks. It is changed in place while a round goes on, without any order or flush. That
 //! is enough, because nothing in it is used before its range digest was found equal to the receiver's: a page that
 //! is torn, old, ahead of what was committed, or of another volume differs from the receiver's and is fetched. An idle
 //! round writes nothing.
@@ -14,17 +14,21 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::RwLock;
+use std::sync::{Mutex, PoisonError, RwLock};
 
+use backhaul_hints::Baseline;
 use backhaul_protocol::digest::{BlockDigest, RangeDigest, VolumeDigest, VolumeDigester};
 use backhaul_protocol::geometry::{Geometry, PageIndex};
 use backhaul_protocol::ids::VolumeId;
-use backhaul_seams::failpoint;
+use backhaul_protocol::store::log::UnixMillis;
+use backhaul_seams::{failpoint, random};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 const MAGIC: &[u8; 8] = b"BHIX\x01\0\0\0";
 const DIGESTS_START: u64 = 4096;
+/// Where the header has which index this is: see [`HashIndex::baseline`].
+const STANDING_START: u64 = 64;
 /// What a disk or a file system that can't read says.
 const UNREADABLE: [Errno; 3] = [Errno::IO, Errno::UCLEAN, Errno::BADMSG];
 
@@ -69,6 +73,33 @@ pub struct HashIndex {
     file: File,
     geometry: Geometry,
     ranges: RwLock<Vec<RangeDigest>>,
+    standing: Mutex<Standing>,
+}
+
+/// Which index this is, and how far it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Standing {
+    baseline: Baseline,
+    full_scan: Option<UnixMillis>,
+}
+
+impl Standing {
+    const LEN: usize = 32;
+
+    fn to_bytes(self) -> [u8; Self::LEN] {
+        let mut bytes = [0; Self::LEN];
+        bytes[..16].copy_from_slice(&self.baseline.epoch);
+        bytes[16..24].copy_from_slice(&self.baseline.number.to_le_bytes());
+        bytes[24..].copy_from_slice(&self.full_scan.map_or(0, |at| at.0).to_le_bytes());
+        bytes
+    }
+
+    fn from_bytes(bytes: [u8; Self::LEN]) -> Self {
+        let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+        let epoch = std::array::from_fn(|i| bytes[i]);
+        let full_scan = Some(UnixMillis(word(24) as i64)).filter(|at| at.0 != 0);
+        Self { baseline: Baseline { epoch, number: word(16) }, full_scan }
+    }
 }
 
 impl HashIndex {
@@ -109,9 +140,16 @@ impl HashIndex {
             file.set_len(length)?;
             failpoint::reach(|| "index.sized")?;
         }
-        let index = Self { path: path.to_owned(), file, geometry, ranges: RwLock::default() };
+        let mut standing = [0; Standing::LEN];
+        file.read_exact_at(&mut standing, STANDING_START)?;
+        if standing[..16] == [0; 16] {
+            standing[..16].copy_from_slice(&random::id());
+            file.write_all_at(&standing, STANDING_START)?;
+        }
+        let standing = Mutex::new(Standing::from_bytes(standing));
+        let index = Self { path: path.to_owned(), file, geometry, ranges: RwLock::default(), standing };
         let ranges = index.compute_ranges()?;
-        *index.ranges.write().unwrap_or_else(std::sync::PoisonError::into_inner) = ranges;
+        *index.ranges.write().unwrap_or_else(PoisonError::into_inner) = ranges;
         Ok(index)
     }
 
@@ -121,6 +159,36 @@ impl HashIndex {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),
         }
+    }
+
+    /// The geometry that it was opened with.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Which index this is (another one whenever it was made anew), and a number that grows with what is settled.
+    pub fn baseline(&self) -> Baseline {
+        self.standing().baseline
+    }
+
+    /// When all of the volume was last read; `None` if it never was, or nobody knows.
+    pub fn full_scan(&self) -> Option<UnixMillis> {
+        self.standing().full_scan
+    }
+
+    /// Writes down that it is one point further, and the time of a full scan if there was one. Gives the new baseline. Not
+    /// flushed: what relies on it does not outlive a power loss either.
+    pub fn advance(&self, full_scan: Option<UnixMillis>) -> Result<Baseline, IndexError> {
+        let mut standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
+        standing.baseline.number += 1;
+        standing.full_scan = full_scan.or(standing.full_scan);
+        let written = self.file.write_all_at(&standing.to_bytes(), STANDING_START);
+        written.map_err(|source| IndexError::Io { path: self.path.clone(), source })?;
+        Ok(standing.baseline)
+    }
+
+    fn standing(&self) -> Standing {
+        *self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn place(&self, page: PageIndex) -> (u64, usize) {
@@ -150,12 +218,12 @@ impl HashIndex {
 
     /// Range digests of all pages, as the index has them.
     pub fn ranges(&self) -> Vec<RangeDigest> {
-        self.ranges.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        self.ranges.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The range digest of one page, as the index has it.
     pub fn range(&self, page: PageIndex) -> RangeDigest {
-        let ranges = self.ranges.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
         ranges.get(page.0 as usize).copied().unwrap_or_default()
     }
 
@@ -188,7 +256,7 @@ impl HashIndex {
     /// Replaces the digests of a page, where they differ from what is there.
     pub fn store(&self, page: PageIndex, range: RangeDigest, digests: &[BlockDigest]) -> Result<(), IndexError> {
         let unchanged = |ranges: &[RangeDigest]| ranges.get(page.0 as usize) == Some(&range);
-        if unchanged(&self.ranges.read().unwrap_or_else(std::sync::PoisonError::into_inner)) {
+        if unchanged(&self.ranges.read().unwrap_or_else(PoisonError::into_inner)) {
             return Ok(());
         }
         let (at, len) = self.place(page);
@@ -198,7 +266,7 @@ impl HashIndex {
         let io = |source| IndexError::Io { path: self.path.clone(), source };
         self.file.write_all_at(&bytes, at).map_err(io)?;
         failpoint::reach(|| "index.page").map_err(io)?;
-        self.ranges.write().unwrap_or_else(std::sync::PoisonError::into_inner)[page.0 as usize] = range;
+        self.ranges.write().unwrap_or_else(PoisonError::into_inner)[page.0 as usize] = range;
         Ok(())
     }
 }

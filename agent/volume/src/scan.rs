@@ -45,14 +45,29 @@ impl PageScanner {
         volume: &dyn Volume,
         geometry: Geometry,
         page: PageIndex,
-        mut each: impl FnMut(BlockIndex, BlockDigest, &[u8]) -> Result<(), E>,
+        each: impl FnMut(BlockIndex, BlockDigest, &[u8]) -> Result<(), E>,
     ) -> Result<ScannedPage, E> {
         let count = geometry.page_blocks(page);
-        let first = page.first_block().0;
         let mut digests = vec![BlockDigest::ZERO; count];
+        let bytes_read = self.scan_range(volume, geometry, page, 0..count, &mut digests, each)?;
+        Ok(ScannedPage { digests, bytes_read })
+    }
+
+    /// The same for some neighbouring blocks of the page, by their places in it. Replaces their digests and gives how
+    /// many bytes were read.
+    pub fn scan_range<E: From<VolumeError>>(
+        &mut self,
+        volume: &dyn Volume,
+        geometry: Geometry,
+        page: PageIndex,
+        blocks: Range<usize>,
+        digests: &mut [BlockDigest],
+        mut each: impl FnMut(BlockIndex, BlockDigest, &[u8]) -> Result<(), E>,
+    ) -> Result<u64, E> {
+        digests[blocks.clone()].fill(BlockDigest::ZERO);
         let mut bytes_read = 0;
-        let mut at = first;
-        let end = first + count as u64;
+        let mut at = page.first_block().0 + blocks.start as u64;
+        let end = page.first_block().0 + blocks.end as u64;
         while at < end {
             let Some(data) = self.data_from(volume, geometry.offset(BlockIndex(at)))? else { break };
             at = at.max(data.start / u64::from(geometry.block_size()));
@@ -75,7 +90,7 @@ impl PageScanner {
                 at += blocks;
             }
         }
-        Ok(ScannedPage { digests, bytes_read })
+        Ok(bytes_read)
     }
 
     /// The data range that `from` lies in or that comes next, from memory where that is known.

@@ -98,6 +98,14 @@ impl Source {
         matches!(self.kind, Kind::Device(_))
     }
 
+    /// Which block device it is; `None` of an image.
+    pub fn device(&self) -> Option<Dev> {
+        match &self.kind {
+            Kind::Image(_) => None,
+            Kind::Device(device) => Some(device.dev),
+        }
+    }
+
     /// Bytes that a read should be a multiple of: the device's logical sector, or 1 for an image.
     pub fn sector_size(&self) -> u32 {
         match &self.kind {

@@ -23,6 +23,10 @@ impl BlockSet {
     pub fn contains(&self, in_page: usize) -> bool {
         self.0[in_page / 64] >> (in_page % 64) & 1 == 1
     }
+    /// Adds all of the other's.
+    pub fn insert_all(&mut self, other: &Self) {
+        self.0.iter_mut().zip(other.0).for_each(|(mine, its)| *mine |= its);
+    }
     /// How many.
     pub fn len(&self) -> usize {
         self.0.iter().map(|w| w.count_ones() as usize).sum()
@@ -34,6 +38,12 @@ impl BlockSet {
     /// All of them, ascending.
     pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
         (0..BLOCKS_PER_PAGE as usize).filter(|i| self.contains(*i))
+    }
+    /// From bits, the lowest block first; what words are left out is none, and what is beyond a page is not looked at.
+    pub fn from_words(words: &[u64]) -> Self {
+        let mut set = Self::default();
+        set.0.iter_mut().zip(words).for_each(|(mine, its)| *mine = *its);
+        set
     }
     /// 128 bytes, the lowest block first.
     pub fn to_bytes(&self) -> Vec<u8> {

@@ -9,6 +9,7 @@ use backhaul_agent::connection::{Connected, Session, greet};
 use backhaul_agent::pipeline::pace::Compression;
 use backhaul_agent::replicate::{CommitWhen, Round, RoundError, RoundReport};
 use backhaul_agent::state::{Joined, ProtectedVolume, StateDir};
+use backhaul_agent::tracker::Tracking;
 use backhaul_cli::Output;
 use backhaul_protocol::geometry::Geometry;
 use backhaul_protocol::ids::{Incarnation, Name, StateId, VolumeId};
@@ -164,7 +165,7 @@ impl Node {
                 when,
                 progress,
             };
-            let report = round.run(&mut session).await;
+            let report = round.run(&mut session, &mut Tracking::default()).await;
             if let Ok(report) = &report
                 && let Some(committed) = report.committed
             {

@@ -300,6 +300,9 @@ impl Capture for OpenDisk {
 }
 
 impl Watching for Watch {
+    fn has_moved(&self) -> bool {
+        self.disk.lock().log.len() != self.position
+    }
     fn caveats(&self) -> &[String] {
         &[]
     }

@@ -92,7 +92,8 @@ async fn idle(site: &mut Site) {
     let mut session = Session::new(connected);
     for _ in 0..2 {
         site.write();
-        let report = site.round(&state, &joined).run(&mut session).await;
+        let report =
+            site.round(&state, &joined).run(&mut session, &mut backhaul_agent::tracker::Tracking::default()).await;
         let report = report.unwrap_or_else(|error| panic!("seed {}: a session that was idle: {error}", site.seed));
         site.is_stored(&report);
         sleep(site.chance.millis(30_000, 300_000)).await;

@@ -11,6 +11,7 @@ use backhaul_agent::connection::{Connected, Session, SessionError, connect_from}
 use backhaul_agent::pipeline::pace::Compression;
 use backhaul_agent::replicate::{CommitWhen, Round, RoundError, RoundReport};
 use backhaul_agent::state::{Joined, ProtectedVolume, StateDir};
+use backhaul_agent::tracker::Tracking;
 use backhaul_cli::Output;
 use backhaul_protocol::geometry::Geometry;
 use backhaul_protocol::ids::{Incarnation, LogSeq, Name, RepositoryId, StateId, VolumeId};
@@ -266,7 +267,7 @@ impl Site {
                 when: CommitWhen::Always,
                 progress: Output::new(false, true, |_| None).progress(1).phase("scan", 1),
             };
-            let report = round.run(&mut session).await;
+            let report = round.run(&mut session, &mut Tracking::default()).await;
             session.close().await;
             report
         })
