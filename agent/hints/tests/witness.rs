@@ -125,7 +125,7 @@ fn what_is_lost_in_an_update_is_not_forgotten() {
         let (pins, disk) = (Pins::new(), Loop::new(64 * MIB));
         let mut object = OBJECT.to_vec();
         let mut update = || {
-            object.push(0);
+            object.push(1);
             Tracker::open_with(&pins.0, &object).unwrap()
         };
         drop(settled(&pins.open(), &disk.path, 1));
