@@ -23,7 +23,7 @@ pub(crate) fn move_bases(shared: &Shared, (old, old_bank): (&Programs, usize), (
         let Some(witness) = layout::dev(disk).and_then(|dev| Witness::of(dev, kind)) else { continue };
         let Some(base) = witness.base(|| new.seen(at)) else { continue };
         let old_base = shared.word(table::BASES[old_bank] + at).load(SeqCst);
-        // After the new base: what is lost between is lost twice rather than not at all.
+        // Asked after the new base was taken: what is lost between counts twice rather than not at all.
         let lost = match (witness.judge(old_base, || old.seen(at)), witness.glance(old_base, || old.seen(at))) {
             (Verdict::Unseen(sectors), _) | (Verdict::Busy, Verdict::Unseen(sectors)) => sectors,
             (Verdict::Uncounted(sectors), _) => sectors.wrapping_neg(),

@@ -39,7 +39,8 @@
 //! | something does, to another partition too | a loss can hide behind writes that are just ending | nothing is known |
 //!
 //! [`Tracked::proof`] waits some milliseconds for such a moment and says which it was. A take, and [`Tracked::doubt`], say
-//! at once what is known. Both take the disk's own counters, also for partitions.
+//! at once what is known. Both compare with the whole disk's count, also for a
+//! partition.
 //!
 //! # What the caller does
 //!

@@ -240,7 +240,7 @@ impl Tracked {
 
     /// Whether all marks are there, as far as that can be known now. To be asked after the last take that a point is
     /// made of, while its file systems are frozen or nothing writes to the disk: only then the kernel's own count of
-    /// sectors is exact (see the crate's documentation). Looks for up to five milliseconds; neither allocates nor opens
+    /// sectors is exact (see the crate's documentation). Looks for some milliseconds where writes are under way; neither allocates nor opens
     /// files, fit for a freeze.
     pub fn proof(&self) -> Result<Proof, Doubt> {
         if let Some(doubt) = self.doubt() {

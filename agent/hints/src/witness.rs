@@ -75,8 +75,8 @@ pub(crate) enum Verdict {
 /// Looks that agree before they are believed to be final, two milliseconds or so: whoever is between counting and telling
 /// may be preempted there.
 const STILL: u32 = 20;
-/// Looks for a moment without writes. Arbitrary: four milliseconds or so, of a freeze perhaps.
-const LOOKS: u32 = 60;
+/// Looks for a moment without writes. Arbitrary: four milliseconds or so where processors are free, of a freeze perhaps.
+const LOOKS: u32 = 40;
 const PAUSE: Duration = Duration::from_micros(20);
 
 impl Witness {

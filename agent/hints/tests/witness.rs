@@ -125,7 +125,7 @@ fn what_is_lost_in_an_update_is_not_forgotten() {
         let (pins, disk) = (Pins::new(), Loop::new(64 * MIB));
         let mut object = OBJECT.to_vec();
         let mut update = || {
-            object.push(0);
+            object.push(1);
             Tracker::open_with(&pins.0, &object).unwrap()
         };
         drop(settled(&pins.open(), &disk.path, 1));
@@ -173,10 +173,10 @@ fn constant_writes_are_no_reason_to_doubt() {
         let (pins, disk) = (Pins::new(), Loop::new(256 * MIB));
         let tracked = settled(&pins.open(), &disk.path, 1);
         let run = |what: &str| {
-            let (mut doubts, mut complete, mut busy, mut longest) = (0, 0, 0, Duration::ZERO);
+            let (mut complete, mut busy, mut longest) = (0, 0, Duration::ZERO);
             for _ in 0..seconds * 4 {
                 std::thread::sleep(Duration::from_millis(250));
-                doubts += u32::from(tracked.take().is_err());
+                tracked.take().unwrap_or_else(|doubt| panic!("{what}: {doubt:?}"));
                 let begun = Instant::now();
                 match tracked.proof() {
                     Ok(Proof::Complete) => complete += 1,
@@ -185,8 +185,7 @@ fn constant_writes_are_no_reason_to_doubt() {
                 }
                 longest = longest.max(begun.elapsed());
             }
-            println!("{what}: {doubts} doubts; {complete} proofs and {busy} times busy, {longest:?} at most");
-            assert_eq!(doubts, 0, "{what}");
+            println!("{what}: no doubts, {complete} proofs and {busy} times busy, {longest:?} at most");
         };
         run("idle");
         // 5 MB/s.
