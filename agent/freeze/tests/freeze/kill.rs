@@ -259,6 +259,26 @@ fn the_next_start_thaws_what_the_journal_names() {
     assert_thawed(theirs.at());
 }
 
+/// As the stop of a unit does after a kill of all: one that is in FIFREEZE yet has the journal, and nobody else thaws.
+#[test]
+fn the_command_waits_for_who_is_being_killed() {
+    if !can_run("the_command_waits_for_who_is_being_killed") {
+        return;
+    }
+    let place = Place::new();
+    let one = place.mounted("ext4", "one");
+    let journal = place.at("run/journal");
+    leave_frozen(&place, &[&one]);
+    let dying = std::fs::File::open(&journal).expect("a journal");
+    dying.lock().expect("nobody has it");
+    let thaw = std::thread::spawn(move || tool(HELPER, &["freeze-helper", "thaw", words(&journal)]));
+    std::thread::sleep(Duration::from_millis(500));
+    assert_frozen(one.at());
+    drop(dying);
+    thaw.join().expect("it succeeds");
+    assert_thawed(one.at());
+}
+
 #[test]
 fn what_no_path_leads_to_is_thawed_once_one_does() {
     if !can_run("what_no_path_leads_to_is_thawed_once_one_does") {
