@@ -104,7 +104,8 @@ impl Freezer {
         let mut files = packet.files.into_iter();
         let journal =
             files.next().ok_or_else(|| FreezeError::system("understand the freeze helper", wire::strange()))?;
-        let holding = Arc::new(Holding::new(journal, files.collect()));
+        let holding = Holding::new(journal, files.collect()).map_err(|e| FreezeError::system("start a thread", e))?;
+        let holding = Arc::new(holding);
         if holding.len() != found.superblocks.len() {
             return Err(FreezeError::system("understand the freeze helper", wire::strange()));
         }

@@ -174,7 +174,7 @@ impl<'a> Server<'a> {
         failpoint::reach(|| "freeze.journal-written")?;
         // The agent gets the journal without our lock: who locks it anew must find it free when we and the guard end.
         let unlocked = std::fs::File::options().read(true).write(true).open(self.journal)?;
-        let holding = Arc::new(Holding::new(journal, files));
+        let holding = Arc::new(Holding::new(journal, files)?);
         guard.prepare(&holding)?;
         failpoint::reach(|| "freeze.guard-prepared")?;
         let mut sent = vec![unlocked.as_fd()];

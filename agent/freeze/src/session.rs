@@ -100,7 +100,7 @@ impl Work {
             return Err(e);
         }
         let failed = failpoint::reach(|| "freeze.one-frozen");
-        let _turn = holding.turn();
+        let _turn = holding.turn(index);
         // The guard may have thawed it already, if this process did not move for long.
         if holding.state(index) == State::Freezing {
             // If this fails it counts as one that may be frozen.
