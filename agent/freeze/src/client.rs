@@ -73,7 +73,8 @@ impl Freezer {
         };
         let mut freezer = Self { socket: Arc::new(socket), child, lost: false };
         match freezer.expect(Tag::Hello, ANSWER) {
-            Ok(_) => Ok(freezer),
+            Ok(hello) if hello.number() == wire::VERSION => Ok(freezer),
+            Ok(_) => Err(FreezeError::system("understand the freeze helper", wire::strange())),
             Err(Reply::Failed(answer)) if answer.errno == Errno::WOULDBLOCK.raw_os_error() => match &options.helper {
                 Helper::Spawn { journal, .. } => Err(FreezeError::InUse { journal: journal.clone() }),
                 Helper::Connect(journal) => Err(FreezeError::InUse { journal: journal.clone() }),

@@ -92,7 +92,7 @@ impl<'a> Server<'a> {
     }
 
     fn converse(&mut self) -> io::Result<End> {
-        wire::send(&self.client, Tag::Hello)?;
+        wire::send_number(&self.client, Tag::Hello, wire::VERSION)?;
         loop {
             let mut fds =
                 [PollFd::new(&self.client, PollFlags::IN), PollFd::from_borrowed_fd(self.signals, PollFlags::IN)];

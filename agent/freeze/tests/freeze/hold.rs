@@ -372,3 +372,23 @@ fn a_disk_that_hangs_keeps_no_other_frozen() {
         }
     }
 }
+
+/// After an upgrade the old helper may serve still.
+#[test]
+fn a_helper_of_another_version_is_refused() {
+    use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("freezer.sock");
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+    let socket = socket.expect("a socket");
+    rustix::net::bind(&socket, &SocketAddrUnix::new(&path).expect("a name")).expect("bound");
+    rustix::net::listen(&socket, 4).expect("listening");
+    let old = std::thread::spawn(move || {
+        let client = rustix::net::accept(&socket).expect("somebody comes");
+        rustix::net::send(&client, b"h", SendFlags::NOSIGNAL).expect("somebody listens");
+        client
+    });
+    let refused = Freezer::start(&Options { helper: Helper::Connect(path) }).expect_err("it is old");
+    assert!(matches!(refused, FreezeError::System { .. }), "{refused}");
+    drop(old.join());
+}
