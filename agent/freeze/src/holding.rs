@@ -178,15 +178,15 @@ impl Holding {
 
 impl Drop for Holding {
     fn drop(&mut self) {
-        let running: Vec<bool> = {
+        let idle: Vec<bool> = {
             let mut jobs = self.held.jobs();
             jobs.ended = true;
-            jobs.all.iter().map(|j| *j == Job::Running).collect()
+            jobs.all.iter().map(|j| matches!(j, Job::Done(_))).collect()
         };
         self.held.asked.notify_all();
         // File systems are closed when this returns, but for those that hang.
-        for (thread, running) in self.threads.drain(..).zip(running) {
-            if !running {
+        for (thread, idle) in self.threads.drain(..).zip(idle) {
+            if idle {
                 let _ = thread.join();
             }
         }

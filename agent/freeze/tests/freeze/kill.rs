@@ -115,7 +115,8 @@ fn killed_at_every_step() {
             command.env("BACKHAUL_FAILPOINT", format!("{step}=abort")).env("BACKHAUL_FAILPOINT_ONCE", &once);
             let mut agent = Agent::start(command);
             agent.go();
-            eventually(step, || once.join(step).exists());
+            eventually(step, || once.join(step).exists() || !is_alive(agent.child.id()));
+            assert!(once.join(step).exists(), "never: {step}, with {with:03b}; the agent says {}", agent.line());
             kill(&agent, with);
             if with == 5 {
                 agent.wait_gone();
