@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use backhaul_volume::sysfs::Dev;
@@ -28,6 +29,8 @@ use crate::wire::{self, Answer, Code, Packet, Tag};
 const LOOK: Duration = Duration::from_secs(30);
 /// To answer what needs no disk; arbitrary.
 const ANSWER: Duration = Duration::from_secs(10);
+/// How long thaws that fail are tried again when the helper has ended, as the guard does.
+const GIVE_UP: Duration = Duration::from_secs(10);
 
 /// Where the helper comes from.
 #[derive(Clone, Debug)]
@@ -57,7 +60,7 @@ pub struct Options {
 pub struct Freezer {
     socket: Arc<OwnedFd>,
     child: Option<Child>,
-    /// It did not answer once: whatever it says later belongs to another question.
+    /// It did not answer once: whatever it says later belongs to another question. It may be in a freeze still.
     lost: bool,
 }
 
@@ -70,7 +73,8 @@ impl Freezer {
         };
         let mut freezer = Self { socket: Arc::new(socket), child, lost: false };
         match freezer.expect(Tag::Hello, ANSWER) {
-            Ok(_) => Ok(freezer),
+            Ok(hello) if hello.number() == wire::VERSION => Ok(freezer),
+            Ok(_) => Err(FreezeError::system("understand the freeze helper", wire::strange())),
             Err(Reply::Failed(answer)) if answer.errno == Errno::WOULDBLOCK.raw_os_error() => match &options.helper {
                 Helper::Spawn { journal, .. } => Err(FreezeError::InUse { journal: journal.clone() }),
                 Helper::Connect(journal) => Err(FreezeError::InUse { journal: journal.clone() }),
@@ -101,7 +105,8 @@ impl Freezer {
         let mut files = packet.files.into_iter();
         let journal =
             files.next().ok_or_else(|| FreezeError::system("understand the freeze helper", wire::strange()))?;
-        let holding = Arc::new(Holding::new(journal, files.collect()));
+        let holding = Holding::new(journal, files.collect()).map_err(|e| FreezeError::system("start a thread", e))?;
+        let holding = Arc::new(holding);
         if holding.len() != found.superblocks.len() {
             return Err(FreezeError::system("understand the freeze helper", wire::strange()));
         }
@@ -116,34 +121,72 @@ impl Freezer {
         what: &str,
         found: &Found,
     ) -> Result<Packet, FreezeError> {
-        let reply = if asked.is_ok() { self.expect(tag, within) } else { Err(Reply::Gone) };
-        reply.map_err(|r| r.into_error(what, found, within))
+        self.ask(asked, tag, within).map_err(|r| r.into_error(what, found, within))
+    }
+
+    /// The answer to what was sent.
+    fn ask(&mut self, asked: io::Result<()>, tag: Tag, within: Duration) -> Result<Packet, Reply> {
+        match asked {
+            Ok(()) => self.expect(tag, within),
+            Err(_) if self.lost => Err(Reply::Silent),
+            Err(_) => Err(Reply::Ended),
+        }
     }
 
     /// The answer of that kind. Uses no memory unless descriptors come.
     fn expect(&mut self, tag: Tag, within: Duration) -> Result<Packet, Reply> {
         if self.lost {
-            return Err(Reply::Gone);
+            return Err(Reply::Silent);
         }
         let reply = match wire::receive_within(&*self.socket, within) {
             Ok(Some(packet)) if packet.tag == tag => Ok(packet),
             Ok(Some(packet)) if packet.tag == Tag::Failed => {
-                packet.answer().map_err(|_| Reply::Gone).and_then(|a| Err(Reply::Failed(a)))
+                packet.answer().map_err(|_| Reply::Silent).and_then(|a| Err(Reply::Failed(a)))
             }
-            _ => Err(Reply::Gone),
+            Ok(None) => Err(Reply::Ended),
+            _ => Err(Reply::Silent),
         };
-        if matches!(reply, Err(Reply::Gone)) {
-            self.lost = true;
-            // It hears that we are gone when it moves again.
-            let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
+        if matches!(reply, Err(Reply::Ended | Reply::Silent)) {
+            self.lose();
         }
         reply
+    }
+
+    fn lose(&mut self) {
+        self.lost = true;
+        // It hears that we are gone when it moves again. Only this way: what we can still hear is its end.
+        let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Write);
+    }
+
+    /// After a freeze that failed: returns when nothing is frozen. If that cannot be known the watch goes on.
+    fn settle(&mut self, reply: &Reply, holding: &Holding, watch: Watch) {
+        let last = match reply {
+            Reply::Failed(_) => {
+                // It says so before it thaws, and may be killed in between together with the guard. Only its next
+                // answer comes afterwards.
+                watch.helper_moves();
+                let asked = wire::send(&*self.socket, Tag::Thaw);
+                match self.ask(asked, Tag::Thaw, ANSWER).map(|p| p.answer()) {
+                    Ok(Ok(answer)) if answer.code != Code::ThawFailed => return,
+                    Err(Reply::Ended) => Some(Unfinished::Settle),
+                    // It moves, or did: what it is in may wait for the freeze of somebody else.
+                    _ => None,
+                }
+            }
+            Reply::Ended => Some(Unfinished::Settle),
+            Reply::Silent => Some(Unfinished::Try),
+        };
+        if let Some(unfinished) = last {
+            holding.thaw_all(Who::Rescuer, unfinished);
+        }
+        self.lose();
+        watch.leave();
     }
 }
 
 impl Drop for Freezer {
     fn drop(&mut self) {
-        let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
+        self.lose();
         let Some(mut child) = self.child.take() else { return };
         for _ in 0..100 {
             if !matches!(child.try_wait(), Ok(None)) {
@@ -184,8 +227,12 @@ fn reach(path: &Path) -> Result<OwnedFd, FreezeError> {
 
 /// Why there is not the answer that was wanted.
 enum Reply {
+    /// The helper's own.
     Failed(Answer),
-    Gone,
+    /// The helper has ended: none of its threads is in the kernel any more.
+    Ended,
+    /// It does not move, or not as it should.
+    Silent,
 }
 
 impl Reply {
@@ -235,7 +282,7 @@ impl Prepared<'_> {
     /// Writes back what is dirty on each file system, so that the freeze has little to do. To be called just before it.
     pub fn sync(&mut self, budget: Duration) -> Result<(), FreezeError> {
         let asked = wire::send_number(&*self.freezer.socket, Tag::Sync, nanoseconds(budget));
-        let reply = if asked.is_ok() { self.freezer.expect(Tag::Sync, budget + ANSWER) } else { Err(Reply::Gone) };
+        let reply = self.freezer.ask(asked, Tag::Sync, budget + ANSWER);
         reply.map(drop).map_err(|r| r.into_error("sync", &self.found, budget))
     }
 
@@ -244,13 +291,15 @@ impl Prepared<'_> {
     ///
     /// Until then the caller touches only what is open and in memory: no file, no log, no allocation.
     pub fn freeze(&mut self, limit: Duration) -> Result<Frozen<'_>, FreezeError> {
+        if self.freezer.lost {
+            return Err(FreezeError::HelperGone);
+        }
         let deadline = Instant::now() + limit;
         // Helper first, guard a bit later, ourselves last.
         let watch = Watch::start(self.freezer.socket.clone(), self.holding.clone(), deadline + SLACK * 2)
             .map_err(|e| FreezeError::system("start a thread", e))?;
         let asked = wire::send_number(&*self.freezer.socket, Tag::Freeze, nanoseconds(limit));
-        let reply = if asked.is_ok() { self.freezer.expect(Tag::Freeze, limit + SLACK * 3) } else { Err(Reply::Gone) };
-        match reply {
+        match self.freezer.ask(asked, Tag::Freeze, limit + SLACK * 3) {
             Ok(_) => Ok(Frozen {
                 freezer: self.freezer,
                 found: &self.found,
@@ -259,10 +308,7 @@ impl Prepared<'_> {
                 deadline,
             }),
             Err(reply) => {
-                if matches!(reply, Reply::Gone) {
-                    self.holding.thaw_all(Who::Rescuer, Unfinished::Try);
-                }
-                drop(watch);
+                self.freezer.settle(&reply, &self.holding, watch);
                 Err(reply.into_error(FREEZE, &self.found, limit))
             }
         }
@@ -315,13 +361,18 @@ impl Frozen<'_> {
 
     fn end(&mut self) -> Thawed {
         let asked = wire::send(&*self.freezer.socket, Tag::Thaw);
-        let reply = if asked.is_ok() { self.freezer.expect(Tag::Thaw, ANSWER) } else { Err(Reply::Gone) };
+        let reply = self.freezer.ask(asked, Tag::Thaw, ANSWER);
+        let unfinished = if matches!(reply, Err(Reply::Ended)) { Unfinished::Settle } else { Unfinished::Try };
         let answer = reply.ok().and_then(|p| p.answer().ok());
         if answer.is_none() {
             // The guard is at it too; only one of us thaws each.
-            self.holding.thaw_all(Who::Rescuer, Unfinished::Try);
+            self.holding.thaw_all(Who::Rescuer, unfinished);
         }
-        self.watch = None;
+        let watch = self.watch.take();
+        if answer.is_none_or(|a| a.code == Code::ThawFailed) {
+            self.freezer.lose();
+            watch.into_iter().for_each(Watch::leave);
+        }
         let Some(answer) = answer else { return Thawed::Broken(Broken::HelperGone) };
         let what = name(self.found, answer.index);
         Thawed::Broken(match answer.code {
@@ -350,6 +401,8 @@ impl Drop for Frozen<'_> {
 #[derive(Debug)]
 struct Watch {
     stop: Arc<OwnedFd>,
+    /// When to thaw without having seen the helper's end, as [`Instant`] has it.
+    deadline: Arc<AtomicU64>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -357,36 +410,53 @@ impl Watch {
     fn start(socket: Arc<OwnedFd>, holding: Arc<Holding>, deadline: Instant) -> io::Result<Self> {
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let stopped = stop.clone();
-        let thread = std::thread::Builder::new().spawn(move || watch(&socket, &stopped, &holding, deadline))?;
-        Ok(Self { stop, thread: Some(thread) })
+        let deadline = Arc::new(AtomicU64::new(deadline.0));
+        let until = deadline.clone();
+        let thread = std::thread::Builder::new().spawn(move || watch(&socket, &stopped, &holding, &until))?;
+        Ok(Self { stop, deadline, thread: Some(thread) })
+    }
+
+    /// It thaws by itself, as long as it lives.
+    fn helper_moves(&self) {
+        self.deadline.store(u64::MAX, Ordering::SeqCst);
+    }
+
+    /// Nobody waits for it: it ends some time after the helper. Until then file systems are held open.
+    fn leave(mut self) {
+        self.thread = None;
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
+        let Some(thread) = self.thread.take() else { return };
         let _ = rustix::io::write(&*self.stop, &u64::to_ne_bytes(1));
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        let _ = thread.join();
     }
 }
 
-fn watch(socket: &OwnedFd, stop: &OwnedFd, holding: &Holding, deadline: Instant) {
-    let mut gone = false;
+fn watch(socket: &OwnedFd, stop: &OwnedFd, holding: &Holding, deadline: &AtomicU64) {
+    let mut gone: Option<Instant> = None;
     loop {
-        let watched = if gone { PollFlags::empty() } else { PollFlags::RDHUP };
-        let mut fds = [PollFd::new(stop, PollFlags::IN), PollFd::new(socket, watched)];
+        let deadline = Instant(deadline.load(Ordering::SeqCst));
+        let mut fds = [PollFd::new(stop, PollFlags::IN), PollFd::new(socket, PollFlags::RDHUP)];
         // A socket that is gone would wake us at once, again and again.
-        let count = if gone { 1 } else { 2 };
-        let until = if gone { Instant::now() + Duration::from_millis(5) } else { deadline };
+        let count = if gone.is_some() { 1 } else { 2 };
+        let until = if gone.is_some() { Instant::now() + Duration::from_millis(5) } else { deadline };
         let _ = poll(&mut fds[..count], slice(Some(until)).as_ref());
         if !fds[0].revents().is_empty() {
             return;
         }
-        gone |= !fds[1].revents().is_empty();
-        if gone || Instant::now() >= deadline {
-            // Never settled here: the socket also ends when we give up a helper that does not move, and it may be in
-            // FIFREEZE. Without the privilege nothing happens, and the guard or the unit's stop thaws.
+        if gone.is_none() && !fds[1].revents().is_empty() {
+            gone = Some(Instant::now());
+        }
+        // Without the privilege nothing happens, and the guard or the unit's stop thaws.
+        if let Some(at) = gone {
+            // Its socket is closed when its last thread has ended, so that none is in FIFREEZE any more.
+            if holding.thaw_all(Who::Rescuer, Unfinished::Settle) == 0 || Instant::now() >= at + GIVE_UP {
+                return;
+            }
+        } else if Instant::now() >= deadline {
             holding.thaw_all(Who::Rescuer, Unfinished::Try);
             sleep(Duration::from_millis(5));
         }

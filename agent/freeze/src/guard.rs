@@ -50,7 +50,7 @@ fn watch(socket: BorrowedFd<'_>, holding: &mut Option<Holding>) -> io::Result<()
                 Tag::Prepare => {
                     let mut files = packet.files.into_iter();
                     let journal = files.next().ok_or_else(wire::strange)?;
-                    *holding = Some(Holding::new(journal, files.collect()));
+                    *holding = Some(Holding::new(journal, files.collect())?);
                     wire::send(socket, Tag::Prepare)?;
                 }
                 Tag::Freeze => {

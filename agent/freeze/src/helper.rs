@@ -92,7 +92,7 @@ impl<'a> Server<'a> {
     }
 
     fn converse(&mut self) -> io::Result<End> {
-        wire::send(&self.client, Tag::Hello)?;
+        wire::send_number(&self.client, Tag::Hello, wire::VERSION)?;
         loop {
             let mut fds =
                 [PollFd::new(&self.client, PollFlags::IN), PollFd::from_borrowed_fd(self.signals, PollFlags::IN)];
@@ -174,7 +174,7 @@ impl<'a> Server<'a> {
         failpoint::reach(|| "freeze.journal-written")?;
         // The agent gets the journal without our lock: who locks it anew must find it free when we and the guard end.
         let unlocked = std::fs::File::options().read(true).write(true).open(self.journal)?;
-        let holding = Arc::new(Holding::new(journal, files));
+        let holding = Arc::new(Holding::new(journal, files)?);
         guard.prepare(&holding)?;
         failpoint::reach(|| "freeze.guard-prepared")?;
         let mut sent = vec![unlocked.as_fd()];

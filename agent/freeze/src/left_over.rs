@@ -101,11 +101,12 @@ fn thaw(journal: &OwnedFd, index: usize, entry: &Entry, mounts: &[&Mount]) -> Le
     }
     // One at a time, under its own number.
     let before = journal::state(journal, index);
-    let holding = match journal.try_clone() {
-        Ok(journal) => Holding::at(journal, fd, index),
+    let holding = match journal.try_clone().and_then(|journal| Holding::at(journal, fd, index)) {
+        Ok(holding) => holding,
         Err(e) => return LeftOver::Failed(e.to_string()),
     };
-    let done = holding.thaw_all(Who::Rescuer, Unfinished::Settle) == 0;
+    // One whose disk hangs must not keep the others frozen.
+    let done = (0..5).any(|_| holding.thaw_all(Who::Rescuer, Unfinished::Settle) == 0);
     match (done, journal::state(journal, index)) {
         (true, State::Rescued) => LeftOver::Thawed,
         (true, _) => LeftOver::WasNotFrozen,

@@ -23,7 +23,8 @@
 //! Known limits. FITHAW does not say whose freeze it ended: if another program thaws ours and freezes again within the
 //! limit we thaw its freeze and do not notice, so whoever reads between freeze and thaw must also see that nothing was
 //! written (the second take of the bitmap). If the helper is killed within the microsecond in which the kernel tells it
-//! that a file system is frozen by somebody else, the guard thaws that: it cannot know.
+//! that a file system is frozen by somebody else, the guard thaws that: it cannot know. A file system whose disk hangs in
+//! the thaw stays frozen until that ends; it keeps no other one frozen.
 
 mod client;
 mod clock;

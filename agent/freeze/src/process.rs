@@ -20,7 +20,7 @@ use crate::{guard, journal};
 ///
 /// - `serve`: standard input is the agent's socket. Ends with the agent.
 /// - `listen`: standard input is a listening socket (systemd: `StandardInput=socket`). One agent at a time.
-/// - `thaw`: thaws what a dead helper left frozen, and says so.
+/// - `thaw`: thaws what a dead helper left frozen, and says so. Fails if one that lives keeps the journal for ten seconds.
 /// - `guard`: for the helper itself.
 ///
 /// To be called before any thread is started.
@@ -82,13 +82,16 @@ fn listen(journal: &Path, own_args: usize) -> io::Result<()> {
 }
 
 fn thaw(journal: &Path) -> ExitCode {
-    match thaw_left_over(journal) {
+    // What is being killed may be in FIFREEZE for a while, and then nobody else thaws it. Arbitrary above a second.
+    match thaw_when_free(journal, Duration::from_secs(10)) {
         Ok(outcomes) => {
             report(&outcomes);
             ExitCode::from(u8::from(outcomes.iter().any(|o| matches!(o.outcome, LeftOver::Failed(_)))))
         }
-        // They thaw by themselves.
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => ExitCode::SUCCESS,
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+            eprintln!("a freeze helper that uses {} is at work or in the kernel; try again", journal.display());
+            ExitCode::FAILURE
+        }
         Err(e) => {
             eprintln!("cannot read {}: {e}", journal.display());
             ExitCode::FAILURE
@@ -111,19 +114,28 @@ fn set_up(journal: &Path) -> io::Result<OwnedFd> {
     let signals = backhaul_volume::frozen::ending_signals()?;
     stay()?;
     journal::check_folder(journal)?;
-    // The guard of one who just died may be at work still.
-    let until = Instant::now() + Duration::from_secs(2);
     loop {
-        match thaw_left_over(journal) {
+        // The guard of one who just died may be at work still.
+        match thaw_when_free(journal, Duration::from_secs(2)) {
             Ok(outcomes) => {
                 report(&outcomes);
                 return Ok(signals);
             }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => {
-                sleep(Duration::from_millis(5))
-            }
             Err(e) if e.kind() == io::ErrorKind::InvalidData => eprintln!("freeze helper: {e}; it was put aside"),
             Err(e) => return Err(e),
+        }
+    }
+}
+
+/// [`thaw_left_over`], waiting for so long for those who have the journal to end.
+fn thaw_when_free(journal: &Path, within: Duration) -> io::Result<Vec<ThawedLeftOver>> {
+    let until = Instant::now() + within;
+    loop {
+        match thaw_left_over(journal) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => {
+                sleep(Duration::from_millis(5));
+            }
+            other => return other,
         }
     }
 }

@@ -100,7 +100,7 @@ impl Work {
             return Err(e);
         }
         let failed = failpoint::reach(|| "freeze.one-frozen");
-        let _turn = holding.turn();
+        let _turn = holding.turn(index);
         // The guard may have thawed it already, if this process did not move for long.
         if holding.state(index) == State::Freezing {
             // If this fails it counts as one that may be frozen.
@@ -157,6 +157,7 @@ impl Server<'_> {
         for index in 0..holding.len() {
             holding.set(index, State::Idle)?;
         }
+        self.outcome = None;
         let work = start(holding, self.levels())?;
         let deadline = Instant::now() + limit;
         if guard.arm(deadline).is_err() {
@@ -287,6 +288,7 @@ impl Server<'_> {
         };
         session.told = true;
         let _ = wire::send_answer(&self.client, Tag::Failed, answer);
+        let _ = failpoint::reach(|| "freeze.failure-told");
     }
 }
 

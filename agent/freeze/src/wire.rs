@@ -19,6 +19,8 @@ use serde::de::DeserializeOwned;
 
 use crate::clock::{Instant, slice};
 
+/// Of these messages. After an upgrade a helper of the old version may serve an agent of the new one.
+pub(crate) const VERSION: u64 = 1;
 /// SCM_MAX_FD of the kernel.
 const MAX_FILES: usize = 253;
 const MAX_BYTES: usize = 32;
@@ -27,7 +29,7 @@ const MAX_BYTES: usize = 32;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub(crate) enum Tag {
-    /// Helper: ready.
+    /// Helper: ready, in this [`VERSION`].
     Hello = b'h',
     /// Agent: find what is on these devices. Helper: found.
     Find = b'f',
@@ -227,7 +229,7 @@ pub(crate) fn receive(socket: impl AsFd) -> io::Result<Option<Packet>> {
 }
 
 pub(crate) fn strange() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "not a message of a freeze helper of this version")
+    io::Error::new(io::ErrorKind::InvalidData, "not of this version; type: systemctl try-restart backhaul-freezer")
 }
 
 /// [`receive`], or `TimedOut`.

@@ -37,7 +37,7 @@ pub use sys::give_back_large_blocks;
 
 /// What freezing file systems needs of the kernel and rustix does not have.
 pub mod frozen {
-    pub use crate::sys::{btrfs_id, ending_signals, freeze, loop_file, thaw};
+    pub use crate::sys::{btrfs_id, ending_signals, freeze, lock_byte, loop_file, thaw, unlock_byte};
 }
 
 /// The read side of a block device, an image file, or memory in tests.

@@ -98,6 +98,28 @@ pub fn loop_file(fd: impl AsFd) -> io::Result<(u64, u64)> {
     Ok((info[0], info[1]))
 }
 
+/// Locks one byte of a file that other processes may have open too, or fails at once. The lock is the process's, not the
+/// open file's: who shares the open file is kept out, the other threads of this process are not.
+pub fn lock_byte(fd: impl AsFd, at: u64) -> io::Result<()> {
+    set_byte_lock(fd, at, libc::F_WRLCK)
+}
+
+/// Ends [`lock_byte`]; no error if this process does not have it.
+pub fn unlock_byte(fd: impl AsFd, at: u64) -> io::Result<()> {
+    set_byte_lock(fd, at, libc::F_UNLCK)
+}
+
+fn set_byte_lock(fd: impl AsFd, at: u64, kind: libc::c_int) -> io::Result<()> {
+    // SAFETY: a zeroed struct flock is a valid one; what matters is set below.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    lock.l_start = at as libc::off_t;
+    lock.l_len = 1;
+    // SAFETY: F_SETLK reads a struct flock that lives through the call; the descriptor is open for the whole call.
+    check(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETLK, &raw const lock) }).map(drop)
+}
+
 /// From now on SIGTERM, SIGINT and SIGHUP do nothing to this thread and those that it starts, and come out of the
 /// descriptor instead.
 pub fn ending_signals() -> io::Result<OwnedFd> {

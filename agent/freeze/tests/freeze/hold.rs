@@ -333,3 +333,62 @@ fn a_journal_is_in_memory_and_has_one_owner() {
     }
     assert!(matches!(frozen.thaw(), Thawed::Held { .. }), "nobody else thawed");
 }
+
+/// To thaw may be to write: a disk that hangs keeps its own file systems frozen, and no other.
+#[test]
+fn a_disk_that_hangs_keeps_no_other_frozen() {
+    if !can_run("a_disk_that_hangs_keeps_no_other_frozen") {
+        return;
+    }
+    let place = Place::new();
+    let before = place.mounted("ext4", "before");
+    let disk = place.disk("outer.image", 64);
+    mkfs("ext4", &disk.path);
+    let outer = Mounted::new(disk, &place.folder("outer"));
+    let disk = Disk::new(&outer.at().join("inner.image"), 16);
+    mkfs("ext4", &disk.path);
+    let inner = Mounted::new(disk, &place.folder("inner"));
+    let after = place.mounted("ext4", "after");
+    let mut freezer = place.freezer();
+    let helper = freezer.helper_process().expect("a child");
+    for killed in [false, true] {
+        let found = freezer.find(&[before.dev(), inner.dev(), after.dev()]).expect("found");
+        let mut prepared = freezer.prepare(found).expect("prepared");
+        let frozen = prepared.freeze(Duration::from_secs(1)).expect("frozen");
+        tool("fsfreeze", &["--freeze", outer.at().to_str().expect("UTF-8")]);
+        if killed {
+            signal(helper, Signal::KILL);
+        }
+        // By the deadline, or by the guard.
+        for one in [&before, &after] {
+            assert!(writes_within(one.at(), Duration::from_secs(2)), "I24: {}", one.at().display());
+        }
+        assert_frozen(inner.at());
+        tool("fsfreeze", &["--unfreeze", outer.at().to_str().expect("UTF-8")]);
+        assert!(matches!(frozen.thaw(), Thawed::Broken(_)), "I6");
+        drop(prepared);
+        for one in [&before, &inner, &after, &outer] {
+            assert_thawed(one.at());
+        }
+    }
+}
+
+/// After an upgrade the old helper may serve still.
+#[test]
+fn a_helper_of_another_version_is_refused() {
+    use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("freezer.sock");
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+    let socket = socket.expect("a socket");
+    rustix::net::bind(&socket, &SocketAddrUnix::new(&path).expect("a name")).expect("bound");
+    rustix::net::listen(&socket, 4).expect("listening");
+    let old = std::thread::spawn(move || {
+        let client = rustix::net::accept(&socket).expect("somebody comes");
+        rustix::net::send(&client, b"h", SendFlags::NOSIGNAL).expect("somebody listens");
+        client
+    });
+    let refused = Freezer::start(&Options { helper: Helper::Connect(path) }).expect_err("it is old");
+    assert!(matches!(refused, FreezeError::System { .. }), "{refused}");
+    drop(old.join());
+}

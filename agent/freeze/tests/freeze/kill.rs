@@ -115,7 +115,8 @@ fn killed_at_every_step() {
             command.env("BACKHAUL_FAILPOINT", format!("{step}=abort")).env("BACKHAUL_FAILPOINT_ONCE", &once);
             let mut agent = Agent::start(command);
             agent.go();
-            eventually(step, || once.join(step).exists());
+            eventually(step, || once.join(step).exists() || !is_alive(agent.child.id()));
+            assert!(once.join(step).exists(), "never: {step}, with {with:03b}; the agent says {}", agent.line());
             kill(&agent, with);
             if with == 5 {
                 agent.wait_gone();
@@ -126,11 +127,45 @@ fn killed_at_every_step() {
                 assert!(writes_within(one.at(), Duration::from_secs(1)), "I24: {step}, with {with:03b}");
             }
             drop(agent.stdin.take());
+            if with == 4 {
+                // It is the last one, and ends when nothing is frozen: what was killed may be in FIFREEZE yet, so that
+                // to kill this one too would leave it to the next start.
+                eventually("the agent ends", || !is_alive(agent.child.id()));
+                for one in &all {
+                    assert!(writes_within(one.at(), Duration::from_secs(1)), "I24: {step}, the agent has ended");
+                }
+            }
             drop(agent.child.kill());
             agent.wait_gone();
             all.iter().for_each(|one| assert_thawed(one.at()));
         }
     }
+}
+
+/// The helper says that a freeze failed before it has thawed what was frozen until then.
+#[test]
+fn killed_after_a_failure_was_told() {
+    if !can_run("killed_after_a_failure_was_told") {
+        return;
+    }
+    let place = Place::new();
+    let all = [place.mounted("ext4", "a"), place.mounted("xfs", "b")];
+    let devices = all.each_ref().map(|m| m.dev());
+    let once = place.folder("once");
+    let mut command = Agent::command(HELPER.as_ref(), &place.at("run/journal"), [2000, 2, 1], &devices);
+    command.env("BACKHAUL_FAILPOINT", "freeze.one-recorded=error,freeze.failure-told=delay:5000");
+    command.env("BACKHAUL_FAILPOINT_ONCE", &once);
+    let mut agent = Agent::start(command);
+    agent.go();
+    eventually("it is told", || once.join("freeze.failure-told").exists());
+    // Time for an agent that takes this for the end.
+    std::thread::sleep(Duration::from_millis(200));
+    kill(&agent, 6);
+    for one in &all {
+        assert!(writes_within(one.at(), Duration::from_secs(1)), "I24: {}", one.at().display());
+    }
+    assert!(!agent.child.wait().expect("it ends").success());
+    all.iter().for_each(|one| assert_thawed(one.at()));
 }
 
 #[test]
@@ -223,6 +258,26 @@ fn the_next_start_thaws_what_the_journal_names() {
     assert_thawed(a.at());
     thaw(theirs.at());
     assert_thawed(theirs.at());
+}
+
+/// As the stop of a unit does after a kill of all: one that is in FIFREEZE yet has the journal, and nobody else thaws.
+#[test]
+fn the_command_waits_for_who_is_being_killed() {
+    if !can_run("the_command_waits_for_who_is_being_killed") {
+        return;
+    }
+    let place = Place::new();
+    let one = place.mounted("ext4", "one");
+    let journal = place.at("run/journal");
+    leave_frozen(&place, &[&one]);
+    let dying = std::fs::File::open(&journal).expect("a journal");
+    dying.lock().expect("nobody has it");
+    let thaw = std::thread::spawn(move || tool(HELPER, &["freeze-helper", "thaw", words(&journal)]));
+    std::thread::sleep(Duration::from_millis(500));
+    assert_frozen(one.at());
+    drop(dying);
+    thaw.join().expect("it succeeds");
+    assert_thawed(one.at());
 }
 
 #[test]
