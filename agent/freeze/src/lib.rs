@@ -40,6 +40,7 @@ mod mounts;
 mod process;
 mod session;
 mod spread;
+mod watch;
 mod wire;
 
 use std::time::Duration;
