@@ -10,6 +10,7 @@ pub mod machine;
 pub mod network_restore;
 pub mod pipeline;
 pub mod protect;
+pub mod quiesce;
 pub mod replicate;
 pub mod state;
 pub mod status;

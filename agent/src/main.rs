@@ -7,6 +7,9 @@ use backhaul_agent::config::{Config, PlaceArgs};
 use backhaul_cli::{CommonArgs, Exit, Output, Signals};
 use clap::{Parser, Subcommand};
 
+/// The hidden command of the process that freezes; see `deploy/backhaul-freezer.service`.
+const FREEZE_HELPER: &str = "freeze-helper";
+
 /// Sends changed blocks of this server's volumes to a receiver, and restores them.
 #[derive(Parser)]
 #[command(name = "backhaul-agent", version)]
@@ -41,6 +44,11 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // Before any thread is started: it has a process to itself, and its own arguments.
+    let mut args = std::env::args_os().skip(1);
+    if args.next().is_some_and(|command| command == FREEZE_HELPER) {
+        return backhaul_freeze::helper_main(args.collect());
+    }
     let cli: Cli = match backhaul_cli::parse() {
         Ok(cli) => cli,
         Err(exit) => return exit,

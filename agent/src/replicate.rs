@@ -5,6 +5,7 @@
 //! | file | owns |
 //! |---|---|
 //! | [`looking`] | which passes there are, and what the point may claim |
+//! | [`standing`] | making volumes stand still that are written to |
 //! | [`passes`] | one pass: pages to threads, records to streams |
 //! | [`feeding`] | which pages, and what the receiver has of each |
 //! | [`tally`] | what it adds up to |
@@ -16,6 +17,7 @@ mod error;
 mod feeding;
 mod looking;
 mod passes;
+mod standing;
 mod tally;
 
 use std::collections::BTreeMap;
@@ -49,6 +51,7 @@ pub use error::RoundError;
 use feeding::{Known, PlannedVolume};
 use looking::Looking;
 use passes::Passes;
+use standing::Course;
 use tally::ScanSum;
 
 /// Commits without an answer that are remembered. Arbitrary.
@@ -121,6 +124,8 @@ pub struct RoundReport {
     pub bytes_sent: u64,
     /// Bytes of all messages, in both directions.
     pub metadata_bytes: u64,
+    /// How long file systems were frozen, if they were.
+    pub frozen_for: Option<Duration>,
     /// When the look began.
     pub capture_start: UnixMillis,
     /// How long it all took.
@@ -151,9 +156,11 @@ impl Round<'_> {
         let mut planned = self.plan(session, looking.parts(), &opened).await?;
         looking.sort_by_slot(&opened.volumes.iter().map(|v| v.slot).collect::<Vec<_>>());
         let mut passes = Passes::start(self, session, opened.next_capture)?;
-        looking.look(session, &mut passes, &mut planned, self.progress.clone()).await?;
+        let course = Course { session: &mut *session, passes: &mut passes, planned: &mut planned };
+        looking.look(tracking.quiescer.as_ref(), course, self.progress.clone()).await?;
         let scan = passes.finish(&planned).await?;
         let (consistency, caveats) = looking.label()?;
+        let frozen_for = looking.frozen_for;
         let digest_of = |slot: &VolumeSlot| {
             scan.digests.volumes.iter().find(|(s, _)| s == slot).map(|(_, d)| *d).expect("every volume was scanned")
         };
@@ -185,6 +192,7 @@ impl Round<'_> {
             committed,
             consistency,
             caveats,
+            frozen_for,
             bytes_scanned: scan.bytes_scanned,
             bytes_sent: scan.bytes_sent,
             capture_start,

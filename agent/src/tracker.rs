@@ -23,6 +23,7 @@ use backhaul_hints::{Baseline, Blocks, Doubt, Proof, Start, Tracked};
 use backhaul_protocol::ids::VolumeId;
 
 use crate::capture::Capture;
+use crate::quiesce::Quiescer;
 use crate::state::ProtectedVolume;
 use hash_index::{HashIndex, IndexError};
 
@@ -103,13 +104,20 @@ pub enum Since {
 /// the same, and is compared again.
 pub struct Tracking {
     hints: Box<dyn Hints>,
+    /// Who freezes, if anybody is to.
+    pub quiescer: Option<Quiescer>,
     known: BTreeMap<VolumeId, Known>,
 }
 
 impl Tracking {
     /// With these hints.
-    pub fn new(hints: Box<dyn Hints>) -> Self {
-        Self { hints, known: BTreeMap::new() }
+    pub fn new(hints: Box<dyn Hints>, quiescer: Option<Quiescer>) -> Self {
+        Self { hints, quiescer, known: BTreeMap::new() }
+    }
+
+    /// Forgets one volume.
+    pub fn forget_one(&mut self, volume: VolumeId) {
+        self.known.remove(&volume);
     }
 
     /// Forgets everything but who marks.
@@ -148,6 +156,6 @@ impl Tracking {
 
 impl Default for Tracking {
     fn default() -> Self {
-        Self::new(Box::new(NoHints))
+        Self::new(Box::new(NoHints), None)
     }
 }

@@ -16,6 +16,7 @@ use crate::config::EVERY;
 use crate::connection::{Session, SessionError, connect, renewal_is_due};
 use crate::machine::machine_id;
 use crate::protect;
+use crate::quiesce::{self, Limits, Quiescer};
 use crate::replicate::{CommitWhen, Round, RoundError, RoundReport};
 use crate::state::{Joined, StateDir};
 use crate::status::{RunState, StatusServer};
@@ -50,6 +51,8 @@ pub async fn run(args: RunArgs, ctx: &Context, out: Output) -> anyhow::Result<Ex
     let joined = ctx.joined_writer()?;
     let _lock = state.lock()?;
     let status = StatusServer::start(&state)?;
+    let quiescer = Quiescer::start(quiesce::helper(&joined.state.0), Limits::default())?;
+    let tracking = Tracking::new(Box::new(KernelHints::new(joined.state)), Some(quiescer));
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut service = Service {
         ctx,
@@ -62,7 +65,7 @@ pub async fn run(args: RunArgs, ctx: &Context, out: Output) -> anyhow::Result<Ex
         failures: 0,
         renewal_tried: None,
         status: &status,
-        tracking: Tracking::new(Box::new(KernelHints::new(joined.state))),
+        tracking,
     };
     loop {
         let begun = Instant::now();

@@ -39,6 +39,9 @@ pub enum RoundError {
         /// Why.
         doubt: Doubt,
     },
+    /// The volumes do not stand still for long enough to be read at one instant: no point this time.
+    #[error("no point in time: {0}")]
+    Moving(String),
     /// The state folder.
     #[error(transparent)]
     State(#[from] StateError),
@@ -64,7 +67,7 @@ impl RoundError {
         match self {
             Self::Session(e) => e.is_retryable(),
             Self::Volume { source, .. } | Self::Scan(ScanError::Volume(source)) => source.is_retryable(),
-            Self::Scan(ScanError::Stopped) | Self::Doubted { .. } => true,
+            Self::Scan(ScanError::Stopped) | Self::Doubted { .. } | Self::Moving(_) => true,
             Self::Index(e) | Self::Scan(ScanError::Index(e)) => e.is_retryable(),
             Self::Scan(ScanError::Compressor(_)) | Self::Threads(_) => false,
             Self::State(e) => e.is_retryable(),

@@ -72,12 +72,17 @@ pub(super) struct Feeder<'a> {
     window: VecDeque<(usize, PageIndex, Option<HeldPage>)>,
     /// Pages that were given, and not done yet.
     pub(super) out: usize,
-    progress: Phase,
+    progress: Option<Phase>,
 }
 
 impl<'a> Feeder<'a> {
     /// `looks` has one for each volume.
-    pub(super) fn new(planned: &'a [PlannedVolume], looks: &'a [Look], threads: usize, progress: Phase) -> Self {
+    pub(super) fn new(
+        planned: &'a [PlannedVolume],
+        looks: &'a [Look],
+        threads: usize,
+        progress: Option<Phase>,
+    ) -> Self {
         debug_assert_eq!(planned.len(), looks.len());
         let pages: u64 = planned.iter().map(|p| p.scan.geometry.pages()).sum();
         // Small volumes page by page, so that all threads have work to the end.
@@ -96,7 +101,7 @@ impl<'a> Feeder<'a> {
             self.next.1 += 1;
             let held = volume.held(page);
             if held.as_ref().is_some_and(|held| self.is_settled(held, page)) {
-                self.progress.add(volume.scan.geometry.page_len(page));
+                self.looked_at(volume.scan.geometry.page_len(page));
                 continue;
             }
             if held.is_none() {
@@ -150,12 +155,16 @@ impl<'a> Feeder<'a> {
         Some(Job { volume: self.planned[volume].scan.clone(), pages })
     }
 
+    fn looked_at(&self, bytes: u64) {
+        self.progress.iter().for_each(|p| p.add(bytes));
+    }
+
     /// Some of the pages that were given are done.
     pub(super) fn done(&mut self, scanned: &[Scanned]) {
         self.out -= scanned.len();
         for s in scanned {
             let volume = self.planned.iter().find(|p| p.opened.slot == s.slot);
-            volume.into_iter().for_each(|v| self.progress.add(v.scan.geometry.page_len(s.page)));
+            volume.into_iter().for_each(|v| self.looked_at(v.scan.geometry.page_len(s.page)));
         }
     }
 

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use backhaul_cli::Phase;
 use backhaul_hints::{Blocks, Doubt, Proof};
@@ -17,49 +18,76 @@ use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::threads;
 use backhaul_volume::stability::Stability;
 
-use super::feeding::{Look, PlannedVolume};
-use super::passes::Passes;
+use super::feeding::Look;
+use super::standing::Course;
 use super::{Round, RoundError};
 use crate::capture::{Capture, Watching};
-use crate::connection::Session;
+use crate::quiesce::Quiescer;
 use crate::state::ProtectedVolume;
 use crate::tracker::hash_index::HashIndex;
 use crate::tracker::{Candidates, Known, Since, Tracking};
 
 /// A volume that is open for a round.
-struct Looked<'a> {
-    volume: &'a ProtectedVolume,
-    source: Arc<dyn Capture>,
-    index: Arc<HashIndex>,
+pub(super) struct Looked<'a> {
+    pub(super) volume: &'a ProtectedVolume,
+    pub(super) source: Arc<dyn Capture>,
+    pub(super) index: Arc<HashIndex>,
     watch: Option<Box<dyn Watching>>,
-    marks: Option<Marks>,
+    pub(super) marks: Option<Marks>,
+    /// Why nothing is marked.
+    unmarked: Option<String>,
     /// All of it was read in this round.
     scanned: bool,
+    pub(super) stood: Stood,
+}
+
+/// How a volume stood still.
+pub(super) enum Stood {
+    /// As its watch says.
+    Watched,
+    /// The same, and why it could not be frozen.
+    NotFrozen(String),
+    /// Its file systems were frozen.
+    Frozen,
+    /// They were, but it is not sure that all that was written is marked.
+    Uncertain(String),
+    /// They were, and it was written to all the same.
+    Late(String),
 }
 
 /// What is marked of a volume.
-struct Marks {
-    candidates: Arc<dyn Candidates>,
+pub(super) struct Marks {
+    pub(super) candidates: Arc<dyn Candidates>,
     since: Since,
     /// Taken in this round, and read after that.
     read: Blocks,
 }
 
 impl Looked<'_> {
-    fn doubted(&self, doubt: Doubt) -> RoundError {
+    pub(super) fn doubted(&self, doubt: Doubt) -> RoundError {
         RoundError::Doubted { name: self.volume.name.clone(), doubt }
     }
 
-    /// What was marked since the last look.
-    fn take(&mut self) -> Result<Blocks, RoundError> {
-        let blocks = self.volume.geometry.blocks();
-        let mut taken = Blocks::none(blocks);
+    pub(super) fn has_moved(&self) -> bool {
+        self.watch.as_ref().is_some_and(|watch| watch.has_moved())
+    }
+
+    /// What was marked since the last look, and is read now.
+    pub(super) fn take(&mut self) -> Result<Blocks, RoundError> {
+        let mut taken = Blocks::none(self.volume.geometry.blocks());
         if let Some(marks) = &mut self.marks {
             let result = marks.candidates.take_into(&mut taken);
             marks.read.insert_all(&taken);
             result.map_err(|doubt| self.doubted(doubt))?;
         }
         Ok(taken)
+    }
+
+    /// Was taken otherwise, and is read now.
+    pub(super) fn took(&mut self, taken: &Blocks) {
+        if let Some(marks) = &mut self.marks {
+            marks.read.insert_all(taken);
+        }
     }
 
     /// Why it is not sure that all that changed was marked, if that matters: what was read is what was there.
@@ -84,7 +112,11 @@ impl Looked<'_> {
 
 /// All volumes of a round.
 pub(super) struct Looking<'a> {
-    volumes: Vec<Looked<'a>>,
+    pub(super) volumes: Vec<Looked<'a>>,
+    /// What a person should know.
+    pub(super) caveats: Vec<String>,
+    /// How long file systems were frozen.
+    pub(super) frozen_for: Option<Duration>,
 }
 
 impl<'a> Looking<'a> {
@@ -96,12 +128,16 @@ impl<'a> Looking<'a> {
             let source = round.provider.open(volume).map_err(failed)?;
             let Known { index, candidates, since } = tracking.of(&round.state.index_dir(), volume, &*source)?;
             let read = Blocks::none(volume.geometry.blocks());
-            let marks = candidates.ok().map(|candidates| Marks { candidates, since, read });
+            let (marks, unmarked) = match candidates {
+                Ok(candidates) => (Some(Marks { candidates, since, read }), None),
+                Err(cause) => (None, Some(cause)),
+            };
             let watched = source.clone();
             let watch = threads::blocking(move || watched.watch()).await;
-            volumes.push(Looked { volume, source, index, watch: Some(watch), marks, scanned: false });
+            let (watch, scanned, stood) = (Some(watch), false, Stood::Watched);
+            volumes.push(Looked { volume, source, index, watch, marks, unmarked, scanned, stood });
         }
-        Ok(Self { volumes })
+        Ok(Self { volumes, caveats: Vec::new(), frozen_for: None })
     }
 
     /// What is read, and what is known of it.
@@ -119,28 +155,43 @@ impl<'a> Looking<'a> {
     /// Reads and sends.
     pub(super) async fn look(
         &mut self,
-        session: &mut Session,
-        passes: &mut Passes,
-        planned: &mut [PlannedVolume],
+        quiescer: Option<&Quiescer>,
+        course: Course<'_>,
         progress: Phase,
     ) -> Result<(), RoundError> {
         let looks = self.volumes.iter_mut().map(Looked::first_look).collect::<Result<Vec<_>, _>>()?;
-        passes.run(session, planned, &looks, progress.clone(), |_| {}).await?;
+        let Course { session, passes, planned } = course;
+        passes.run(session, planned, &looks, Some(progress.clone()), |_| {}).await?;
         progress.finish();
-        Ok(())
+        match quiescer {
+            Some(quiescer) => self.stand_still(quiescer, Course { session, passes, planned }).await,
+            None => Ok(()),
+        }
     }
 
-    /// `Crash` only if every volume held still from before the first byte was read until after the last.
+    /// `Crash` only if every volume stood still: at one instant that all share, or from before the first byte was read
+    /// until after the last.
     pub(super) fn label(&mut self) -> Result<(Consistency, Vec<String>), RoundError> {
         let mut consistency = Consistency::Crash;
-        let mut caveats = Vec::new();
+        let mut caveats = std::mem::take(&mut self.caveats);
         for v in &mut self.volumes {
             let watch = v.watch.take().filter(|_| !planted(Mutant::WatchedOneByOne));
             let watch = watch.unwrap_or_else(|| v.source.watch());
             caveats.extend(watch.caveats().iter().map(|c| format!("{}: {c}", v.volume.name)));
-            let moved = match watch.finish() {
-                Stability::Moved(why) => Some(why),
-                Stability::Still => v.unproven()?,
+            let moved = match (&v.stood, watch.finish()) {
+                (Stood::Frozen, _) => match v.marks.as_ref().and_then(|m| m.candidates.doubt()) {
+                    Some(doubt) => return Err(v.doubted(doubt)),
+                    None => None,
+                },
+                (Stood::Uncertain(why) | Stood::Late(why), _) => Some(why.clone()),
+                (_, Stability::Still) => v.unproven()?,
+                (Stood::NotFrozen(cause), Stability::Moved(why)) => Some(format!("{why}, and {cause}")),
+                (Stood::Watched, Stability::Moved(why)) => match &v.unmarked {
+                    Some(cause) if v.source.device().is_some() => {
+                        Some(format!("{why}, and is not frozen, since its writes are not tracked: {cause}"))
+                    }
+                    _ => Some(why),
+                },
             };
             if let Some(why) = moved {
                 if !planted(Mutant::FuzzyCalledCrash) {
@@ -170,7 +221,11 @@ impl<'a> Looking<'a> {
             {
                 let baseline = v.index.advance(v.scanned.then_some(now))?;
                 marks.candidates.settle(&marks.read, baseline);
-                tracking.settled(v.volume.id);
+                match v.stood {
+                    // Taken and not read: it comes back with the first take of a new beginning.
+                    Stood::Late(_) => tracking.forget_one(v.volume.id),
+                    _ => tracking.settled(v.volume.id),
+                }
             }
         }
         Ok(())

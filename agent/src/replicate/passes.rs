@@ -54,7 +54,7 @@ impl Passes {
         session: &mut Session,
         planned: &mut [PlannedVolume],
         looks: &[Look],
-        progress: Phase,
+        progress: Option<Phase>,
         mut found: impl FnMut(&Scanned),
     ) -> Result<(), RoundError> {
         let mut feeder = Feeder::new(planned, looks, self.threads, progress);

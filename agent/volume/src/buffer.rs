@@ -24,6 +24,11 @@ impl AlignedBuffer {
         let memory = MmapMut::map_anon(len.max(1)).expect("no memory left");
         Self { memory, len }
     }
+
+    /// Keeps it in memory: it is not swapped out from now on. Needs room in RLIMIT_MEMLOCK, or CAP_IPC_LOCK.
+    pub fn lock(&self) -> std::io::Result<()> {
+        self.memory.lock()
+    }
 }
 
 impl Deref for AlignedBuffer {
