@@ -14,6 +14,8 @@ use clap::Args;
 use serde::Deserialize;
 
 use crate::pipeline::pace::Compression;
+use crate::quiesce::Limits;
+use crate::tracker::DEFAULT_FULL_SCAN;
 
 /// Where settings are looked for where none are named.
 pub const DEFAULT_FILE: &str = "/etc/backhaul/agent.toml";
@@ -23,6 +25,15 @@ pub const DEFAULT_STATE: &str = "/var/lib/backhaul/agent";
 pub const DEFAULT_EVERY: Duration = Duration::from_secs(15);
 /// What `every` may be: below, a round would not end before the next; above, nobody would notice that it stopped.
 pub const EVERY: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(7 * 86_400);
+
+/// What `freeze_limit` may be: a freeze and thaw alone takes some 50 ms; above, databases give up.
+const FREEZE_LIMIT: RangeInclusive<Duration> = Duration::from_millis(50)..=Duration::from_secs(60);
+/// What `sync_limit` may be.
+const SYNC_LIMIT: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(3600);
+/// What `freeze_memory` may be, bytes: some blocks of the largest size, and what a disk brings in a few seconds.
+const FREEZE_MEMORY: RangeInclusive<u64> = 4 << 20..=1 << 30;
+/// What `full_scan_every` may be.
+const FULL_SCAN_EVERY: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(366 * 86_400);
 
 /// The settings file.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -34,6 +45,16 @@ pub struct Settings {
     pub receiver: Option<String>,
     /// How often `run` makes a point.
     pub every: Option<Span>,
+    /// What gives way where a point can't be had without making the server wait.
+    pub prefer: Option<Prefer>,
+    /// How long file systems may be frozen for a point.
+    pub freeze_limit: Option<Span>,
+    /// How long writing back what is dirty may take before that.
+    pub sync_limit: Option<Span>,
+    /// Memory for what is read while they are frozen.
+    pub freeze_memory: Option<Bytes>,
+    /// Everything is read again within this time, whatever was written.
+    pub full_scan_every: Option<Span>,
     /// Threads that read, hash and compress.
     pub threads: Option<usize>,
     /// How hard blocks are compressed.
@@ -46,6 +67,36 @@ pub struct Settings {
     pub congestion: Option<String>,
     /// Whether the kernel cuts what is sent into packets.
     pub segmentation_offload: Option<bool>,
+}
+
+/// What gives way where a point can't be had without making the server wait.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Prefer {
+    /// The point: it is made later.
+    #[default]
+    Availability,
+    /// The server: programs wait longer for their writes.
+    Consistency,
+}
+
+impl Prefer {
+    /// As it is written.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Availability => "availability",
+            Self::Consistency => "consistency",
+        }
+    }
+
+    /// How long file systems may be frozen where nothing else is said.
+    fn freeze_limit(self) -> Duration {
+        match self {
+            Self::Availability => Limits::default().freeze,
+            // Long for people, and far from what makes the kernel or databases give up. Arbitrary.
+            Self::Consistency => Duration::from_secs(10),
+        }
+    }
 }
 
 /// `compression` as it is written.
@@ -78,6 +129,12 @@ pub struct Config {
     pub receiver: Option<String>,
     /// How often `run` makes a point.
     pub every: Duration,
+    /// What gives way.
+    pub prefer: Prefer,
+    /// What a freeze may cost.
+    pub limits: Limits,
+    /// Everything is read again within this time.
+    pub full_scan_every: Duration,
     /// Threads that read, hash and compress.
     pub threads: usize,
     /// How hard blocks are compressed.
@@ -100,10 +157,10 @@ impl Config {
         if !(1..=256).contains(&threads) {
             return Err(wrong(format!("threads = {threads}: want from 1 to 256")));
         }
-        let compression = match settings.compression {
+        let compression = match &settings.compression {
             None => Compression::default(),
             Some(WordOrLevel::Word(word)) => word.parse().map_err(wrong)?,
-            Some(WordOrLevel::Level(level)) => Compression::level(level).map_err(wrong)?,
+            Some(WordOrLevel::Level(level)) => Compression::level(*level).map_err(wrong)?,
         };
         let block_size = settings.block_size.map_or(u64::from(DEFAULT_BLOCK_SIZE), |b| b.0);
         let legal = u64::from(MIN_BLOCK_SIZE)..=u64::from(MAX_BLOCK_SIZE);
@@ -114,6 +171,12 @@ impl Config {
         if !EVERY.contains(&every) {
             return Err(wrong(format!("every = {every:?}: want from 1s to 7d")));
         }
+        let prefer = settings.prefer.unwrap_or_default();
+        let limits = limits(prefer, &settings).map_err(wrong)?;
+        let full_scan_every = settings.full_scan_every.map_or(DEFAULT_FULL_SCAN, |s| s.0);
+        if !FULL_SCAN_EVERY.contains(&full_scan_every) {
+            return Err(wrong(format!("full_scan_every = {full_scan_every:?}: want from 1m to 366d")));
+        }
         let tuning = settings::tuning(settings.congestion.as_deref(), settings.segmentation_offload).map_err(wrong)?;
         let receiver = place.receiver.clone().or(settings.receiver);
         if let Some(text) = &receiver {
@@ -123,6 +186,9 @@ impl Config {
             state: place.state.clone().or(settings.state).unwrap_or_else(|| DEFAULT_STATE.into()),
             receiver,
             every,
+            prefer,
+            limits,
+            full_scan_every,
             threads,
             compression,
             block_size: block_size as u32,
@@ -130,4 +196,21 @@ impl Config {
             tuning,
         })
     }
+}
+
+fn limits(prefer: Prefer, settings: &Settings) -> Result<Limits, String> {
+    let usual = Limits::default();
+    let freeze = settings.freeze_limit.map_or(prefer.freeze_limit(), |s| s.0);
+    if !FREEZE_LIMIT.contains(&freeze) {
+        return Err(format!("freeze_limit = {freeze:?}: want from 50ms to 60s"));
+    }
+    let sync = settings.sync_limit.map_or(usual.sync, |s| s.0);
+    if !SYNC_LIMIT.contains(&sync) {
+        return Err(format!("sync_limit = {sync:?}: want from 100ms to 1h"));
+    }
+    let memory = settings.freeze_memory.map_or(usual.memory as u64, |b| b.0);
+    if !FREEZE_MEMORY.contains(&memory) {
+        return Err(format!("freeze_memory = {memory}: want from 4MiB to 1GiB"));
+    }
+    Ok(Limits { freeze, sync, memory: memory as usize })
 }

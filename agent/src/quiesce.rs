@@ -19,8 +19,9 @@ pub use frozen::{Instant, Memory, Part, Verdict};
 
 /// Where `backhaul-freezer.socket` listens.
 pub const SOCKET: &str = "/run/backhaul/freezer.sock";
-/// Where a helper that is our own child keeps its journal: in memory, since the disk may be what is frozen.
-const JOURNAL: &str = "/run/backhaul";
+/// Where a helper that is our own child keeps its journal: in memory, since the disk may be what is frozen. The first
+/// that is, which on most machines is the first.
+const JOURNALS: [&str; 2] = ["/run", "/dev/shm"];
 
 /// What a freeze may cost the server.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -131,12 +132,19 @@ pub fn helper(state: &[u8; 16]) -> Helper {
         return Helper::Connect(SOCKET.into());
     }
     let name: String = state.iter().map(|b| format!("{b:02x}")).collect();
+    let folder = JOURNALS.iter().find(|folder| is_tmpfs(Path::new(folder))).unwrap_or(&JOURNALS[0]);
     Helper::Spawn {
         // Also after an upgrade has replaced the file that this process was started from.
         program: PathBuf::from("/proc/self/exe"),
         args: vec![OsString::from("freeze-helper")],
-        journal: Path::new(JOURNAL).join(format!("freeze-{name}")),
+        journal: Path::new(folder).join("backhaul").join(format!("freeze-{name}")),
     }
+}
+
+fn is_tmpfs(folder: &Path) -> bool {
+    /// linux/magic.h
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    rustix::fs::statfs(folder).is_ok_and(|fs| fs.f_type as u64 == TMPFS_MAGIC)
 }
 
 fn serve(options: &Options, limits: Limits, queue: &mpsc::Receiver<Command>) {

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`looking`] | which passes there are, and what the point may claim |
 //! | [`standing`] | making volumes stand still that are written to |
+//! | [`checking`] | the background scan's portion |
 //! | [`passes`] | one pass: pages to threads, records to streams |
 //! | [`feeding`] | which pages, and what the receiver has of each |
 //! | [`tally`] | what it adds up to |
@@ -13,6 +14,7 @@
 //! The order matters: the watch over each volume begins before its first byte is read and ends after the last byte of
 //! all volumes; the commit id and the next nonce are on disk before the commit is asked for.
 
+mod checking;
 mod error;
 mod feeding;
 mod looking;
@@ -88,6 +90,17 @@ pub struct Round<'a> {
     pub when: CommitWhen,
     /// Told of every byte that was looked at.
     pub progress: Phase,
+    /// Told once what the round begins with.
+    pub observe: &'a (dyn Fn(&Stage) + Send + Sync),
+}
+
+/// What a round begins with.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Stage {
+    /// Bytes of blocks that were written since the last round.
+    pub marked: u64,
+    /// Volumes whose marks can't be relied upon, and why: all of each is read.
+    pub unknown: Vec<String>,
 }
 
 /// What a commit states of its volumes, in the order in which they were offered.
@@ -126,6 +139,10 @@ pub struct RoundReport {
     pub metadata_bytes: u64,
     /// How long file systems were frozen, if they were.
     pub frozen_for: Option<Duration>,
+    /// When all of every volume had last been read.
+    pub full_scan: Option<UnixMillis>,
+    /// Blocks that had changed and were not marked, since this process began.
+    pub missed_blocks: u64,
     /// When the look began.
     pub capture_start: UnixMillis,
     /// How long it all took.
@@ -157,8 +174,9 @@ impl Round<'_> {
         looking.sort_by_slot(&opened.volumes.iter().map(|v| v.slot).collect::<Vec<_>>());
         let mut passes = Passes::start(self, session, opened.next_capture)?;
         let course = Course { session: &mut *session, passes: &mut passes, planned: &mut planned };
-        looking.look(tracking.quiescer.as_ref(), course, self.progress.clone()).await?;
+        looking.look(tracking.quiescer.as_ref(), &mut tracking.checks, course, self.progress.clone()).await?;
         let scan = passes.finish(&planned).await?;
+        looking.judge(tracking)?;
         let (consistency, caveats) = looking.label()?;
         let frozen_for = looking.frozen_for;
         let digest_of = |slot: &VolumeSlot| {
@@ -172,8 +190,8 @@ impl Round<'_> {
             CommitWhen::ChangedOrBetterThan(last) => changed || consistency > last,
         };
         let mut committed = None;
+        let full_scans = looking.full_scans(unix_millis());
         if wanted {
-            let full_scans = looking.full_scans(unix_millis());
             let stated = Stated { digests: &digests, full_scans: &full_scans, consistency, capture_start };
             committed = Some(self.commit(session, &mut writer, &opened, &scan, stated).await?);
         } else {
@@ -193,6 +211,8 @@ impl Round<'_> {
             consistency,
             caveats,
             frozen_for,
+            full_scan: full_scans.values().min().copied(),
+            missed_blocks: tracking.checks.misses(),
             bytes_scanned: scan.bytes_scanned,
             bytes_sent: scan.bytes_sent,
             capture_start,

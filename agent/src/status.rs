@@ -13,15 +13,17 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::replicate::RoundReport;
+use crate::replicate::{RoundReport, Stage};
 use crate::state::StateDir;
 
 /// What the service is doing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RunState {
-    /// No round has ended yet.
+    /// There is no point yet.
     InitialSync,
+    /// Marks of what was written can't be relied upon: all of a volume is read.
+    Rescan,
     /// The last round went well.
     Continuous,
     /// The receiver can't be reached; tried again.
@@ -52,6 +54,14 @@ pub struct Report {
     pub last_sent: u64,
     /// Seconds that the last round took.
     pub last_seconds: f64,
+    /// Bytes of blocks that were written and are in no point yet, as the last round found them.
+    pub behind_bytes: u64,
+    /// Milliseconds that file systems were frozen for the newest point, if they were.
+    pub frozen_ms: Option<f64>,
+    /// When all of every volume had last been read, ms since 1970.
+    pub full_scan_ms: Option<i64>,
+    /// Blocks that had changed and were not marked, since the service began.
+    pub missed_blocks: u64,
 }
 
 /// Answers `status`.
@@ -81,6 +91,10 @@ impl StatusServer {
             consistency: None,
             last_sent: 0,
             last_seconds: 0.0,
+            behind_bytes: 0,
+            frozen_ms: None,
+            full_scan_ms: None,
+            missed_blocks: 0,
         }));
         let shared = report.clone();
         let task = tokio::spawn(async move {
@@ -102,9 +116,23 @@ impl StatusServer {
         change(&mut self.report.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// A round has begun.
+    pub fn begun(&self, stage: &Stage) {
+        self.change(|r| {
+            r.behind_bytes = stage.marked;
+            if !stage.unknown.is_empty() && r.point.is_some() {
+                (r.state, r.cause) = (RunState::Rescan, Some(stage.unknown.join("; ")));
+            }
+        });
+    }
+
     /// A round ended well.
     pub fn succeeded(&self, point: Option<(LogSeq, UnixMillis)>, report: &RoundReport) {
         self.change(|r| {
+            r.behind_bytes = 0;
+            r.frozen_ms = report.frozen_for.map(|d| d.as_secs_f64() * 1e3).or(r.frozen_ms);
+            r.full_scan_ms = report.full_scan.map(|at| at.0);
+            r.missed_blocks = report.missed_blocks;
             r.state = RunState::Continuous;
             r.cause = None;
             r.point = point.map(|(seq, _)| seq.0);

@@ -5,6 +5,7 @@
 //! | file | owns | does not own |
 //! |---|---|---|
 //! | [`hash_index`] | the digest of every block as it was last read | whether that is what the receiver has |
+//! | [`checks`] | the background scan that shows whether marks are missed | reading |
 //! | [`hints`] | which blocks were written since, as the kernel tells | what is in them |
 //!
 //! The hash is the truth: hints say where to look. While they are believed this holds at any moment, and after any kill:
@@ -12,12 +13,14 @@
 //! The index is changed when a block was read, and marks are settled only after that; a reboot, which may lose what was
 //! not flushed of the index, ends the marks too.
 
+pub mod checks;
 pub mod hash_index;
 pub mod hints;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use backhaul_hints::{Baseline, Blocks, Doubt, Proof, Start, Tracked};
 use backhaul_protocol::ids::VolumeId;
@@ -25,7 +28,11 @@ use backhaul_protocol::ids::VolumeId;
 use crate::capture::Capture;
 use crate::quiesce::Quiescer;
 use crate::state::ProtectedVolume;
+use checks::Checks;
 use hash_index::{HashIndex, IndexError};
+
+/// Everything is read within this time, whatever the marks say.
+pub const DEFAULT_FULL_SCAN: Duration = Duration::from_secs(7 * 86_400);
 
 /// Where a volume may differ from its index.
 pub trait Candidates: Send + Sync {
@@ -92,12 +99,12 @@ pub struct Known {
 }
 
 /// From when on writes are marked.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Since {
     /// From what the index holds.
     Index,
-    /// From when tracking began, just now.
-    Now(Doubt),
+    /// From now on. What was written before is not known, for this reason.
+    Now(String),
 }
 
 /// What an agent knows of its volumes between rounds. Forgotten when a round fails: what is pinned and on the disk says
@@ -106,13 +113,15 @@ pub struct Tracking {
     hints: Box<dyn Hints>,
     /// Who freezes, if anybody is to.
     pub quiescer: Option<Quiescer>,
+    /// Whether marks are missed.
+    pub checks: Checks,
     known: BTreeMap<VolumeId, Known>,
 }
 
 impl Tracking {
     /// With these hints.
-    pub fn new(hints: Box<dyn Hints>, quiescer: Option<Quiescer>) -> Self {
-        Self { hints, quiescer, known: BTreeMap::new() }
+    pub fn new(hints: Box<dyn Hints>, quiescer: Option<Quiescer>, checks: Checks) -> Self {
+        Self { hints, quiescer, checks, known: BTreeMap::new() }
     }
 
     /// Forgets one volume.
@@ -138,12 +147,19 @@ impl Tracking {
         let candidates = self.hints.track(volume, source, index.baseline());
         let since = match candidates.as_ref().map(|c| c.start()) {
             Ok(Start::Continued) => Since::Index,
-            Ok(Start::Fresh(doubt)) => Since::Now(doubt),
-            Err(_) => Since::Now(Doubt::NoPin),
+            Ok(Start::Fresh(doubt)) => Since::Now(doubt.to_string()),
+            Err(cause) => Since::Now(format!("its writes are not tracked: {cause}")),
         };
         let known = Known { index, candidates, since };
         self.known.insert(volume.id, known.clone());
         Ok(known)
+    }
+
+    /// Marks of this volume were missed: all of it is read in the next round.
+    pub fn distrust(&mut self, volume: VolumeId) {
+        if let Some(known) = self.known.get_mut(&volume) {
+            known.since = Since::Now("a write had not been marked".into());
+        }
     }
 
     /// What was read of a volume is settled.
@@ -156,6 +172,6 @@ impl Tracking {
 
 impl Default for Tracking {
     fn default() -> Self {
-        Self::new(Box::new(NoHints), None)
+        Self::new(Box::new(NoHints), None, Checks::new(DEFAULT_FULL_SCAN))
     }
 }

@@ -158,6 +158,7 @@ impl Inside {
             compression: Compression::default(),
             when: CommitWhen::Always,
             progress: Self::quiet().progress(1).phase("scan", 1),
+            observe: &|_| {},
         };
         let report = round.run(&mut session, &mut Tracking::default()).await;
         // Also after a failure, so that the receiver does not wait for us.

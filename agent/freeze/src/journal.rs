@@ -15,6 +15,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -155,9 +156,13 @@ pub(crate) fn set_state(journal: impl AsFd, index: usize, state: State) -> io::R
     }
 }
 
-/// Fails unless the folder of `path` lies in memory.
+/// Fails unless the folder of `path` lies in memory, and nobody else can put anything there.
 pub(crate) fn check_folder(path: &Path) -> io::Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let found = fs::symlink_metadata(folder)?;
+    if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() || found.mode() & 0o022 != 0 {
+        return Err(io::Error::other(format!("{} is no folder of ours alone", folder.display())));
+    }
     // <linux/magic.h>: TMPFS_MAGIC, RAMFS_MAGIC.
     match rustix::fs::statfs(folder)?.f_type {
         0x0102_1994 | 0x8584_58f6 => Ok(()),

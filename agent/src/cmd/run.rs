@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use backhaul_cli::{Exit, Failure, Output, text};
 use backhaul_protocol::consistency::Consistency;
-use backhaul_protocol::ids::LogSeq;
+use backhaul_protocol::ids::{LogSeq, StateId};
 use backhaul_protocol::store::log::UnixMillis;
 use backhaul_seams::random;
 use clap::Args;
@@ -12,15 +12,16 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::Context;
 use crate::capture::Live;
-use crate::config::EVERY;
+use crate::config::{Config, EVERY};
 use crate::connection::{Session, SessionError, connect, renewal_is_due};
 use crate::machine::machine_id;
 use crate::protect;
-use crate::quiesce::{self, Limits, Quiescer};
+use crate::quiesce::{self, Quiescer};
 use crate::replicate::{CommitWhen, Round, RoundError, RoundReport};
 use crate::state::{Joined, StateDir};
 use crate::status::{RunState, StatusServer};
 use crate::tracker::Tracking;
+use crate::tracker::checks::Checks;
 use crate::tracker::hints::KernelHints;
 
 /// A point is committed at least this often, though nothing changed.
@@ -51,8 +52,7 @@ pub async fn run(args: RunArgs, ctx: &Context, out: Output) -> anyhow::Result<Ex
     let joined = ctx.joined_writer()?;
     let _lock = state.lock()?;
     let status = StatusServer::start(&state)?;
-    let quiescer = Quiescer::start(quiesce::helper(&joined.state.0), Limits::default())?;
-    let tracking = Tracking::new(Box::new(KernelHints::new(joined.state)), Some(quiescer));
+    let tracking = tracking(&ctx.config, joined.state)?;
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut service = Service {
         ctx,
@@ -66,6 +66,7 @@ pub async fn run(args: RunArgs, ctx: &Context, out: Output) -> anyhow::Result<Ex
         renewal_tried: None,
         status: &status,
         tracking,
+        said: Vec::new(),
     };
     loop {
         let begun = Instant::now();
@@ -88,6 +89,12 @@ pub async fn run(args: RunArgs, ctx: &Context, out: Output) -> anyhow::Result<Ex
     Ok(Exit::Done)
 }
 
+/// Marks by the kernel, freezes by the helper.
+fn tracking(config: &Config, state: StateId) -> std::io::Result<Tracking> {
+    let quiescer = Quiescer::start(quiesce::helper(&state.0), config.limits)?;
+    Ok(Tracking::new(Box::new(KernelHints::new(state)), Some(quiescer), Checks::new(config.full_scan_every)))
+}
+
 struct Service<'a> {
     ctx: &'a Context,
     state: &'a StateDir,
@@ -100,6 +107,8 @@ struct Service<'a> {
     renewal_tried: Option<Instant>,
     status: &'a StatusServer,
     tracking: Tracking,
+    /// The caveats that were logged last.
+    said: Vec<String>,
 }
 
 impl Service<'_> {
@@ -177,6 +186,7 @@ impl Service<'_> {
                 None => CommitWhen::Changed,
             },
             progress: Output::progress(&self.quiet(), 1).phase("scan and send", total),
+            observe: &|stage| self.status.begun(stage),
         };
         let report = round.run(&mut session, &mut self.tracking).await?;
         self.session = Some(session);
@@ -188,17 +198,20 @@ impl Service<'_> {
         self.out.clone().quieted()
     }
 
-    fn note(&self, report: &RoundReport) {
+    fn note(&mut self, report: &RoundReport) {
         if let Some(committed) = report.committed {
             tracing::info!(
                 point = committed.seq.0,
                 consistency = %report.consistency,
                 sent = report.bytes_sent,
+                frozen_ms = report.frozen_for.map(|d| d.as_secs_f64() * 1e3),
                 seconds = report.took.as_secs_f64(),
                 "point"
             );
-            for caveat in &report.caveats {
-                tracing::warn!(point = committed.seq.0, "{caveat}");
+            // Said when it changes, and not with every point.
+            if report.caveats != self.said {
+                report.caveats.iter().for_each(|caveat| tracing::warn!(point = committed.seq.0, "{caveat}"));
+                self.said.clone_from(&report.caveats);
             }
         }
         let point: Option<(LogSeq, UnixMillis)> = Some((report.head, report.capture_start));

@@ -64,6 +64,7 @@ pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
             compression: ctx.config.compression,
             when: CommitWhen::Always,
             progress: out.progress(1).phase("scan and send", total),
+            observe: &|_| {},
         };
         tried += 1;
         match round.run(&mut session, &mut Tracking::default()).await {

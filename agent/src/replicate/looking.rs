@@ -20,10 +20,11 @@ use backhaul_volume::stability::Stability;
 
 use super::feeding::Look;
 use super::standing::Course;
-use super::{Round, RoundError};
+use super::{Round, RoundError, Stage};
 use crate::capture::{Capture, Watching};
 use crate::quiesce::Quiescer;
 use crate::state::ProtectedVolume;
+use crate::tracker::checks::Checks;
 use crate::tracker::hash_index::HashIndex;
 use crate::tracker::{Candidates, Known, Since, Tracking};
 
@@ -38,6 +39,10 @@ pub(super) struct Looked<'a> {
     unmarked: Option<String>,
     /// All of it was read in this round.
     scanned: bool,
+    /// Something was taken that was not read: it comes back when tracking begins anew.
+    pub(super) unread: bool,
+    /// Something had changed that was not marked.
+    pub(super) missed: bool,
     pub(super) stood: Stood,
 }
 
@@ -47,7 +52,7 @@ pub(super) enum Stood {
     Watched,
     /// The same, and why it could not be frozen.
     NotFrozen(String),
-    /// Its file systems were frozen.
+    /// Its file systems were frozen, or nothing was written to it of its own accord.
     Frozen,
     /// They were, but it is not sure that all that was written is marked.
     Uncertain(String),
@@ -58,9 +63,9 @@ pub(super) enum Stood {
 /// What is marked of a volume.
 pub(super) struct Marks {
     pub(super) candidates: Arc<dyn Candidates>,
-    since: Since,
+    pub(super) since: Since,
     /// Taken in this round, and read after that.
-    read: Blocks,
+    pub(super) read: Blocks,
 }
 
 impl Looked<'_> {
@@ -117,6 +122,7 @@ pub(super) struct Looking<'a> {
     pub(super) caveats: Vec<String>,
     /// How long file systems were frozen.
     pub(super) frozen_for: Option<Duration>,
+    observe: &'a (dyn Fn(&Stage) + Send + Sync),
 }
 
 impl<'a> Looking<'a> {
@@ -134,10 +140,20 @@ impl<'a> Looking<'a> {
             };
             let watched = source.clone();
             let watch = threads::blocking(move || watched.watch()).await;
-            let (watch, scanned, stood) = (Some(watch), false, Stood::Watched);
-            volumes.push(Looked { volume, source, index, watch, marks, unmarked, scanned, stood });
+            volumes.push(Looked {
+                volume,
+                source,
+                index,
+                watch: Some(watch),
+                marks,
+                unmarked,
+                scanned: false,
+                unread: false,
+                missed: false,
+                stood: Stood::Watched,
+            });
         }
-        Ok(Self { volumes, caveats: Vec::new(), frozen_for: None })
+        Ok(Self { volumes, caveats: Vec::new(), frozen_for: None, observe: round.observe })
     }
 
     /// What is read, and what is known of it.
@@ -156,10 +172,13 @@ impl<'a> Looking<'a> {
     pub(super) async fn look(
         &mut self,
         quiescer: Option<&Quiescer>,
-        course: Course<'_>,
+        checks: &mut Checks,
+        mut course: Course<'_>,
         progress: Phase,
     ) -> Result<(), RoundError> {
+        self.check(checks, &mut course).await?;
         let looks = self.volumes.iter_mut().map(Looked::first_look).collect::<Result<Vec<_>, _>>()?;
+        (self.observe)(&self.stage(&looks));
         let Course { session, passes, planned } = course;
         passes.run(session, planned, &looks, Some(progress.clone()), |_| {}).await?;
         progress.finish();
@@ -167,6 +186,19 @@ impl<'a> Looking<'a> {
             Some(quiescer) => self.stand_still(quiescer, Course { session, passes, planned }).await,
             None => Ok(()),
         }
+    }
+
+    /// What a round begins with.
+    fn stage(&self, looks: &[Look]) -> Stage {
+        let (mut marked, mut unknown) = (0, Vec::new());
+        for (v, look) in self.volumes.iter().zip(looks) {
+            match (look, v.marks.as_ref().map(|m| &m.since)) {
+                (Look::At(blocks), _) => marked += blocks.count() * u64::from(v.volume.geometry.block_size()),
+                (Look::Everywhere, Some(Since::Now(why))) => unknown.push(format!("{}: {why}", v.volume.name)),
+                (Look::Everywhere, _) => {}
+            }
+        }
+        Stage { marked, unknown }
     }
 
     /// `Crash` only if every volume stood still: at one instant that all share, or from before the first byte was read
@@ -177,7 +209,9 @@ impl<'a> Looking<'a> {
         for v in &mut self.volumes {
             let watch = v.watch.take().filter(|_| !planted(Mutant::WatchedOneByOne));
             let watch = watch.unwrap_or_else(|| v.source.watch());
-            caveats.extend(watch.caveats().iter().map(|c| format!("{}: {c}", v.volume.name)));
+            if matches!(v.stood, Stood::Watched | Stood::NotFrozen(_)) {
+                caveats.extend(watch.caveats().iter().map(|c| format!("{}: {c}", v.volume.name)));
+            }
             let moved = match (&v.stood, watch.finish()) {
                 (Stood::Frozen, _) => match v.marks.as_ref().and_then(|m| m.candidates.doubt()) {
                     Some(doubt) => return Err(v.doubted(doubt)),
@@ -219,13 +253,18 @@ impl<'a> Looking<'a> {
             if let Some(marks) = v.marks
                 && (v.scanned || !marks.read.is_empty())
             {
-                let baseline = v.index.advance(v.scanned.then_some(now))?;
-                marks.candidates.settle(&marks.read, baseline);
-                match v.stood {
-                    // Taken and not read: it comes back with the first take of a new beginning.
-                    Stood::Late(_) => tracking.forget_one(v.volume.id),
-                    _ => tracking.settled(v.volume.id),
+                if v.scanned {
+                    v.index.scanned(now, now)?;
+                    tracking.checks.forget(v.volume.id);
                 }
+                let baseline = v.index.advance()?;
+                marks.candidates.settle(&marks.read, baseline);
+                tracking.settled(v.volume.id);
+            }
+            if v.missed {
+                tracking.distrust(v.volume.id);
+            } else if v.unread || matches!(v.stood, Stood::Late(_)) {
+                tracking.forget_one(v.volume.id);
             }
         }
         Ok(())

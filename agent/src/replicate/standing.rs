@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use backhaul_cli::text;
-use backhaul_hints::Blocks;
+use backhaul_hints::{Blocks, Proof};
 
 use super::RoundError;
 use super::feeding::{Known, Look, PlannedVolume};
@@ -103,7 +103,11 @@ impl Looking<'_> {
     ) -> Result<(), RoundError> {
         let mut cause = String::new();
         for _ in 0..FREEZES {
-            let left = self.catch_up(moving, quiescer, course).await?;
+            let mut left = self.catch_up(moving, quiescer, course).await?;
+            if self.is_quiet(moving, &mut left)? {
+                moving.iter().for_each(|i| self.volumes[*i].stood = Stood::Frozen);
+                return Ok(());
+            }
             let parts = moving.iter().zip(moving.iter().map(|i| left[*i].clone())).map(|(i, left)| self.part(*i, left));
             let instant = quiescer.instant(parts.collect(), quiescer.limits.freeze).await;
             let instant = instant.map_err(|e| match e {
@@ -135,6 +139,26 @@ impl Looking<'_> {
             course.pass(&looks).await?;
         }
         Err(RoundError::Moving(cause))
+    }
+
+    /// Whether what was read is of one instant without a freeze: nothing was marked, then no write was under way anywhere
+    /// and all are marked, then nothing was marked still. So nothing was written or under way at the moment before the
+    /// second look. What is marked meanwhile is added to what is left.
+    fn is_quiet(&mut self, moving: &[usize], left: &mut [Blocks]) -> Result<bool, RoundError> {
+        if moving.iter().any(|i| !left[*i].is_empty()) {
+            return Ok(false);
+        }
+        for i in moving {
+            let v = &self.volumes[*i];
+            let proof = v.marks.as_ref().map_or(Ok(Proof::Busy), |m| m.candidates.proof());
+            if proof.map_err(|doubt| v.doubted(doubt))? == Proof::Busy {
+                return Ok(false);
+            }
+        }
+        for i in moving {
+            left[*i].insert_all(&self.volumes[*i].take()?);
+        }
+        Ok(moving.iter().all(|i| left[*i].is_empty()))
     }
 
     fn part(&self, index: usize, left: Blocks) -> Part {
@@ -170,7 +194,7 @@ impl Looking<'_> {
         for (i, part) in moving.iter().zip(&instant.parts) {
             let late = part.late.count() * u64::from(part.geometry.block_size());
             self.volumes[*i].stood = match (late, part.proof) {
-                (0, Ok(backhaul_hints::Proof::Complete)) => Stood::Frozen,
+                (0, Ok(Proof::Complete)) => Stood::Frozen,
                 (0, _) => Stood::Uncertain("its disk is so busy that writes cannot be counted".into()),
                 _ => Stood::Late(format!(
                     "{} of it were written while its file systems were frozen: by something that is none, as swap",

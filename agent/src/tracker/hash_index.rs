@@ -81,24 +81,37 @@ pub struct HashIndex {
 struct Standing {
     baseline: Baseline,
     full_scan: Option<UnixMillis>,
+    scan: ScanProgress,
+}
+
+/// How far the background scan is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ScanProgress {
+    /// The next block.
+    pub next: u64,
+    /// When block 0 was read.
+    pub begun: UnixMillis,
 }
 
 impl Standing {
-    const LEN: usize = 32;
+    const LEN: usize = 48;
 
     fn to_bytes(self) -> [u8; Self::LEN] {
         let mut bytes = [0; Self::LEN];
         bytes[..16].copy_from_slice(&self.baseline.epoch);
         bytes[16..24].copy_from_slice(&self.baseline.number.to_le_bytes());
-        bytes[24..].copy_from_slice(&self.full_scan.map_or(0, |at| at.0).to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.full_scan.map_or(0, |at| at.0).to_le_bytes());
+        bytes[32..40].copy_from_slice(&self.scan.next.to_le_bytes());
+        bytes[40..].copy_from_slice(&self.scan.begun.0.to_le_bytes());
         bytes
     }
 
     fn from_bytes(bytes: [u8; Self::LEN]) -> Self {
         let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
         let epoch = std::array::from_fn(|i| bytes[i]);
+        let scan = ScanProgress { next: word(32), begun: UnixMillis(word(40) as i64) };
         let full_scan = Some(UnixMillis(word(24) as i64)).filter(|at| at.0 != 0);
-        Self { baseline: Baseline { epoch, number: word(16) }, full_scan }
+        Self { baseline: Baseline { epoch, number: word(16) }, full_scan, scan }
     }
 }
 
@@ -176,15 +189,38 @@ impl HashIndex {
         self.standing().full_scan
     }
 
-    /// Writes down that it is one point further, and the time of a full scan if there was one. Gives the new baseline. Not
-    /// flushed: what relies on it does not outlive a power loss either.
-    pub fn advance(&self, full_scan: Option<UnixMillis>) -> Result<Baseline, IndexError> {
+    /// Writes down that it is one point further, and gives the new baseline. Not flushed: what relies on it does not
+    /// outlive a power loss either.
+    pub fn advance(&self) -> Result<Baseline, IndexError> {
+        let standing = self.write_standing(|s| s.baseline.number += 1)?;
+        Ok(standing.baseline)
+    }
+
+    /// All of the volume was read, from this time on.
+    pub fn scanned(&self, begun: UnixMillis, now: UnixMillis) -> Result<(), IndexError> {
+        self.write_standing(|s| {
+            s.full_scan = Some(begun);
+            s.scan = ScanProgress { next: 0, begun: now };
+        })?;
+        Ok(())
+    }
+
+    /// How far the background scan is.
+    pub fn scan_progress(&self) -> ScanProgress {
+        self.standing().scan
+    }
+
+    /// The background scan is so far.
+    pub fn scanned_to(&self, next: u64) -> Result<(), IndexError> {
+        self.write_standing(|s| s.scan.next = next).map(drop)
+    }
+
+    fn write_standing(&self, change: impl FnOnce(&mut Standing)) -> Result<Standing, IndexError> {
         let mut standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
-        standing.baseline.number += 1;
-        standing.full_scan = full_scan.or(standing.full_scan);
+        change(&mut standing);
         let written = self.file.write_all_at(&standing.to_bytes(), STANDING_START);
         written.map_err(|source| IndexError::Io { path: self.path.clone(), source })?;
-        Ok(standing.baseline)
+        Ok(*standing)
     }
 
     fn standing(&self) -> Standing {

@@ -164,6 +164,7 @@ impl Node {
                 compression: Compression::default(),
                 when,
                 progress,
+                observe: &|_| {},
             };
             let report = round.run(&mut session, &mut Tracking::default()).await;
             if let Ok(report) = &report

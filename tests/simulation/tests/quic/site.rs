@@ -246,6 +246,7 @@ impl Site {
             compression: Compression::default(),
             when: CommitWhen::Always,
             progress: Output::new(false, true, |_| None).progress(1).phase("scan", 1),
+            observe: &|_| {},
         }
     }
 
@@ -266,6 +267,7 @@ impl Site {
                 compression: Compression::default(),
                 when: CommitWhen::Always,
                 progress: Output::new(false, true, |_| None).progress(1).phase("scan", 1),
+                observe: &|_| {},
             };
             let report = round.run(&mut session, &mut Tracking::default()).await;
             session.close().await;
