@@ -143,7 +143,7 @@ pub struct RoundReport {
     pub full_scan: Option<UnixMillis>,
     /// Blocks that had changed and were not marked, since this process began.
     pub missed_blocks: u64,
-    /// When the look began.
+    /// What was written before is in it.
     pub capture_start: UnixMillis,
     /// How long it all took.
     pub took: Duration,
@@ -179,6 +179,7 @@ impl Round<'_> {
         looking.judge(tracking)?;
         let (consistency, caveats) = looking.label()?;
         let frozen_for = looking.frozen_for;
+        let capture_start = looking.stood_at.unwrap_or(capture_start);
         let digest_of = |slot: &VolumeSlot| {
             scan.digests.volumes.iter().find(|(s, _)| s == slot).map(|(_, d)| *d).expect("every volume was scanned")
         };

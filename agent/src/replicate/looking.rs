@@ -122,6 +122,8 @@ pub(super) struct Looking<'a> {
     pub(super) caveats: Vec<String>,
     /// How long file systems were frozen.
     pub(super) frozen_for: Option<Duration>,
+    /// A moment before that of which the point is, at which the volumes that are written to were not read yet.
+    pub(super) stood_at: Option<UnixMillis>,
     observe: &'a (dyn Fn(&Stage) + Send + Sync),
 }
 
@@ -153,7 +155,7 @@ impl<'a> Looking<'a> {
                 stood: Stood::Watched,
             });
         }
-        Ok(Self { volumes, caveats: Vec::new(), frozen_for: None, observe: round.observe })
+        Ok(Self { volumes, caveats: Vec::new(), frozen_for: None, stood_at: None, observe: round.observe })
     }
 
     /// What is read, and what is known of it.

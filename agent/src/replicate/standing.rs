@@ -12,7 +12,7 @@ use super::RoundError;
 use super::feeding::{Known, Look, PlannedVolume};
 use super::looking::{Looking, Stood};
 use super::passes::Passes;
-use crate::connection::Session;
+use crate::connection::{Session, unix_millis};
 use crate::pipeline::scanner::ScanVolume;
 use crate::quiesce::{Instant as FrozenInstant, Part, QuiesceError, Quiescer, Verdict};
 
@@ -109,6 +109,7 @@ impl Looking<'_> {
                 return Ok(());
             }
             let parts = moving.iter().zip(moving.iter().map(|i| left[*i].clone())).map(|(i, left)| self.part(*i, left));
+            let now = unix_millis();
             let instant = quiescer.instant(parts.collect(), quiescer.limits.freeze).await;
             let instant = instant.map_err(|e| match e {
                 QuiesceError::Read(source) => {
@@ -127,7 +128,7 @@ impl Looking<'_> {
             }
             cause = match instant.verdict {
                 Verdict::Read { frozen_for } => {
-                    self.frozen_for = Some(frozen_for);
+                    (self.frozen_for, self.stood_at) = (Some(frozen_for), Some(now));
                     return self.read_frozen(moving, instant, &looks, course).await;
                 }
                 Verdict::TooMuch { marked } => {
@@ -148,6 +149,7 @@ impl Looking<'_> {
         if moving.iter().any(|i| !left[*i].is_empty()) {
             return Ok(false);
         }
+        let now = unix_millis();
         for i in moving {
             let v = &self.volumes[*i];
             let proof = v.marks.as_ref().map_or(Ok(Proof::Busy), |m| m.candidates.proof());
@@ -158,7 +160,11 @@ impl Looking<'_> {
         for i in moving {
             left[*i].insert_all(&self.volumes[*i].take()?);
         }
-        Ok(moving.iter().all(|i| left[*i].is_empty()))
+        let quiet = moving.iter().all(|i| left[*i].is_empty());
+        if quiet {
+            self.stood_at = Some(now);
+        }
+        Ok(quiet)
     }
 
     fn part(&self, index: usize, left: Blocks) -> Part {
