@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::Context;
 use crate::protect::{self, Named};
+use crate::tracker::hints::KernelHints;
 
 /// Options of `protect`.
 #[derive(Args, Clone, Debug)]
@@ -90,11 +91,15 @@ struct Removed {
 /// Runs `unprotect`.
 pub fn unprotect(args: &UnprotectArgs, ctx: &Context, out: &Output) -> anyhow::Result<Exit> {
     let state = ctx.state();
-    state.expect_joined()?;
+    let joined = state.expect_joined()?;
     let Some(removed) = protect::unprotect(&state, &args.name)? else {
         let text = format!("no volume {} is protected; `backhaul-agent status` lists them", args.name);
         return Err(Failure::new(Exit::NotFound, "E_NOTFOUND", text).into());
     };
+    let left: Vec<_> = state.volumes()?.iter().map(|v| v.id).collect();
+    if let Err(cause) = KernelHints::new(joined.state).keep(&left) {
+        out.warn(&format!("the kernel goes on to track its writes until the next reboot: {cause}"));
+    }
     let result = Removed { name: removed.name.to_string(), path: removed.path.display().to_string() };
     let text = format!("{} is not protected any more; its points stay", removed.name);
     out.result("backhaul.unprotect/1", &result, &text);

@@ -1,11 +1,12 @@
 //! Marks by the kernel's own events (eBPF), for devices.
 //!
-//! Read first: [`KernelHints::track`].
+//! Read first: [`KernelHints::track`]. What is pinned goes on without the agent, until the volume is
+//! [no longer protected](KernelHints::keep) or the machine is rebooted.
 
 use std::sync::Arc;
 
 use backhaul_hints::{Baseline, Options, Subject, Tracker};
-use backhaul_protocol::ids::StateId;
+use backhaul_protocol::ids::{StateId, VolumeId};
 
 use super::{Candidates, Hints};
 use crate::capture::Capture;
@@ -23,6 +24,27 @@ impl KernelHints {
     /// For the agent with this state.
     pub fn new(state: StateId) -> Self {
         Self { options: Options::new(state.0), tracker: None }
+    }
+}
+
+impl KernelHints {
+    /// Forgets what is pinned of all but these volumes, and all if there are none. Makes nothing where nothing is pinned.
+    pub fn keep(&mut self, volumes: &[VolumeId]) -> Result<(), String> {
+        let name: String = self.options.owner.iter().map(|byte| format!("{byte:02x}")).collect();
+        if !self.options.pin.join(name).exists() {
+            return Ok(());
+        }
+        let tracker = Tracker::open(&self.options).map_err(|e| e.to_string())?;
+        if volumes.is_empty() {
+            self.tracker = None;
+            return tracker.remove().map_err(|e| e.to_string());
+        }
+        for pinned in tracker.volumes().map_err(|e| e.to_string())? {
+            if !volumes.contains(&VolumeId(pinned)) {
+                tracker.forget(pinned).map_err(|e| e.to_string())?;
+            }
+        }
+        Ok(())
     }
 }
 
