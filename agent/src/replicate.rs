@@ -9,7 +9,7 @@
 //! | [`feeding`] | which pages, and what the receiver has of each |
 //! | [`tally`] | what it adds up to |
 //!
-//! The order matters: the watch over each volume begins before its first byte is read and ends after the last byte of
+//! The order matters: the provider makes what is to be read first, and is told when all was; the watch over each volume begins before its first byte is read and ends after the last byte of
 //! all volumes; the commit id and the next nonce are on disk before the commit is asked for.
 
 mod error;
@@ -34,7 +34,7 @@ use backhaul_protocol::wire::message::{
 };
 use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::situation::{Situation, reached};
-use backhaul_seams::{failpoint, random};
+use backhaul_seams::{failpoint, random, threads};
 use backhaul_transport::error::TransportError;
 use tokio::time::Instant;
 
@@ -144,6 +144,9 @@ impl Round<'_> {
         let begun = Instant::now();
         let messages_before = session.message_bytes();
         let capture_start = unix_millis();
+        if let Some(begin) = self.provider.begin() {
+            threads::blocking(begin).await?;
+        }
         let mut looking = Looking::open(self, tracking).await?;
         let mut writer = self.state.writer()?;
         let opened = self.open_session(session, &writer).await?;
@@ -153,7 +156,8 @@ impl Round<'_> {
         let mut passes = Passes::start(self, session, opened.next_capture)?;
         looking.look(session, &mut passes, &mut planned, self.progress.clone()).await?;
         let scan = passes.finish(&planned).await?;
-        let (consistency, caveats) = looking.label()?;
+        let (found, mut caveats) = looking.label()?;
+        let consistency = self.provider.finish(found, &mut caveats);
         let digest_of = |slot: &VolumeSlot| {
             scan.digests.volumes.iter().find(|(s, _)| s == slot).map(|(_, d)| *d).expect("every volume was scanned")
         };
