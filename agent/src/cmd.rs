@@ -10,9 +10,11 @@ pub mod sync;
 
 use backhaul_cli::{Exit, Failure, Meaning};
 use backhaul_protocol::store::fleet::AgentRole;
+use backhaul_seams::threads;
 use backhaul_volume::VolumeError;
 use backhaul_volume::durable::LockError;
 
+use crate::capture::hooks::debt;
 use crate::config::Config;
 use crate::connection::SessionError;
 use crate::machine::MachineIdError;
@@ -32,6 +34,12 @@ impl Context {
     /// The state folder.
     pub fn state(&self) -> StateDir {
         StateDir::new(&self.config.state)
+    }
+
+    /// Runs the `post` hook that a killed agent owes, if there is one. Only who holds the state folder's lock.
+    pub async fn pay_hooks(&self) -> Result<(), StateError> {
+        let (state, snapshot) = (self.state(), self.config.snapshot.clone());
+        threads::blocking(move || debt::pay(&state, snapshot.hooks())).await
     }
 
     /// Who this agent is, if it may write.
@@ -84,6 +92,11 @@ pub fn meaning(cause: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
         return match error {
             RoundError::State(e) => meaning(e),
             RoundError::Session(e) => meaning(e),
+            RoundError::Hook(_) => {
+                let next =
+                    "run it by hand, with what docs/snapshots.md says that it is given; -v logs all that it says";
+                Some((Exit::Failure, "E_HOOK", Some(next.into())))
+            }
             RoundError::Volume { source, .. } | RoundError::Scan(ScanError::Volume(source)) => Some(of_volume(source)),
             _ => None,
         };

@@ -1,6 +1,8 @@
 //! Settings of the agent: what was typed becomes what is meant, once.
 //!
-//! Read first: [`Settings`] (the file), then [`Config`].
+//! Read first: [`Settings`] (the file), then [`Config`]. [`snapshot`] has those of hooks.
+
+pub mod snapshot;
 
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -16,6 +18,7 @@ use serde::Deserialize;
 use crate::pipeline::pace::Compression;
 use crate::quiesce::Limits;
 use crate::tracker::DEFAULT_FULL_SCAN;
+use snapshot::{HookTable, Snapshot};
 
 /// Where settings are looked for where none are named.
 pub const DEFAULT_FILE: &str = "/etc/backhaul/agent.toml";
@@ -67,6 +70,10 @@ pub struct Settings {
     pub congestion: Option<String>,
     /// Whether the kernel cuts what is sent into packets.
     pub segmentation_offload: Option<bool>,
+    /// How a point becomes one of a single instant.
+    pub snapshot: Option<String>,
+    /// Commands for `snapshot = "hooks"`.
+    pub hooks: Option<HookTable>,
 }
 
 /// What gives way where a point can't be had without making the server wait.
@@ -145,6 +152,8 @@ pub struct Config {
     pub machine_id_file: PathBuf,
     /// How connections treat their path.
     pub tuning: Tuning,
+    /// How a point becomes one of a single instant.
+    pub snapshot: Snapshot,
 }
 
 impl Config {
@@ -178,6 +187,7 @@ impl Config {
             return Err(wrong(format!("full_scan_every = {full_scan_every:?}: want from 1m to 366d")));
         }
         let tuning = settings::tuning(settings.congestion.as_deref(), settings.segmentation_offload).map_err(wrong)?;
+        let snapshot = Snapshot::build(settings.snapshot.as_deref(), settings.hooks).map_err(wrong)?;
         let receiver = place.receiver.clone().or(settings.receiver);
         if let Some(text) = &receiver {
             settings::check_address(text).map_err(|e| wrong(format!("receiver: {e}")))?;
@@ -194,6 +204,7 @@ impl Config {
             block_size: block_size as u32,
             machine_id_file: settings.machine_id_file.unwrap_or_else(|| crate::machine::USUAL_FILE.into()),
             tuning,
+            snapshot,
         })
     }
 }

@@ -11,8 +11,9 @@
 //! | [`feeding`] | which pages, and what the receiver has of each |
 //! | [`tally`] | what it adds up to |
 //!
-//! The order matters: the watch over each volume begins before its first byte is read and ends after the last byte of
-//! all volumes; the commit id and the next nonce are on disk before the commit is asked for.
+//! The order matters: the provider makes what is to be read first, and is told when all was; the watch over each volume
+//! begins before its first byte is read and ends after the last byte of all volumes; the commit id and the next nonce are
+//! on disk before the commit is asked for.
 
 mod checking;
 mod error;
@@ -38,7 +39,7 @@ use backhaul_protocol::wire::message::{
 };
 use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::situation::{Situation, reached};
-use backhaul_seams::{failpoint, random};
+use backhaul_seams::{failpoint, random, threads};
 use backhaul_transport::error::TransportError;
 use tokio::time::Instant;
 
@@ -166,6 +167,9 @@ impl Round<'_> {
         let begun = Instant::now();
         let messages_before = session.message_bytes();
         let capture_start = unix_millis();
+        if let Some(begin) = self.provider.begin() {
+            threads::blocking(begin).await?;
+        }
         let mut looking = Looking::open(self, tracking).await?;
         let mut writer = self.state.writer()?;
         let opened = self.open_session(session, &writer).await?;
@@ -177,7 +181,8 @@ impl Round<'_> {
         looking.look(tracking.quiescer.as_ref(), &mut tracking.checks, course, self.progress.clone()).await?;
         let scan = passes.finish(&planned).await?;
         looking.judge(tracking)?;
-        let (consistency, caveats) = looking.label()?;
+        let (found, mut caveats) = looking.label()?;
+        let consistency = self.provider.finish(found, &mut caveats);
         let frozen_for = looking.frozen_for;
         let capture_start = looking.stood_at.unwrap_or(capture_start);
         let digest_of = |slot: &VolumeSlot| {

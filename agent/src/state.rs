@@ -9,6 +9,7 @@
 //! | `agent.key`, `agent.crt` | key (PEM, 0600); certificate chain (DER with lengths), the authority's last |
 //! | `volumes.json` | what is protected |
 //! | `writer.json` | nonces and the newest commits |
+//! | `hooks.json` | that a post hook is owed, see [`crate::capture::hooks::debt`] |
 //! | `index/` | digests of blocks, see [`crate::tracker::hash_index`] |
 //! | `lock` | held by `sync` or `run` |
 //! | `volumes.lock` | held while `volumes.json` is read and replaced |
@@ -244,14 +245,24 @@ impl StateDir {
         }
     }
 
-    fn read_json<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {
+    /// A file's content; `None` if it is not there.
+    pub(crate) fn read_json<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {
         let Some(bytes) = self.read_optional(name)? else { return Ok(None) };
         serde_json::from_slice(&bytes).map(Some).map_err(|e| self.unusable(name, e))
     }
 
-    fn write_json<T: Serialize>(&self, name: &str, value: &T) -> Result<(), StateError> {
+    /// Replaces a file.
+    pub(crate) fn write_json<T: Serialize>(&self, name: &str, value: &T) -> Result<(), StateError> {
         let bytes = serde_json::to_vec_pretty(value).map_err(|e| self.unusable(name, e))?;
         Ok(durable::replace(&self.path.join(name), &bytes, 0o600)?)
+    }
+
+    /// Removes a file, if it is there.
+    pub(crate) fn remove(&self, name: &str) -> std::io::Result<()> {
+        match std::fs::remove_file(self.path.join(name)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
     }
 
     /// Who the agent is; `None` if it never joined.

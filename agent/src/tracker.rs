@@ -24,6 +24,7 @@ use std::time::Duration;
 
 use backhaul_hints::{Baseline, Blocks, Doubt, Proof, Start, Tracked};
 use backhaul_protocol::ids::VolumeId;
+use backhaul_volume::sysfs::Dev;
 
 use crate::capture::Capture;
 use crate::quiesce::Quiescer;
@@ -94,6 +95,8 @@ pub struct Known {
     pub index: Arc<HashIndex>,
     /// Where it may differ from that; or why nobody knows.
     pub candidates: Result<Arc<dyn Candidates>, String>,
+    /// What was read: marks are of one device.
+    pub device: Option<Dev>,
     /// Whether all that differs is marked. Otherwise, why not: everything is to be read once.
     pub since: Since,
 }
@@ -138,19 +141,25 @@ impl Tracking {
     pub fn of(&mut self, folder: &Path, volume: &ProtectedVolume, source: &dyn Capture) -> Result<Known, IndexError> {
         let fits = |known: &&Known| {
             let doubted = known.candidates.as_ref().is_ok_and(|c| c.doubt().is_some());
-            known.index.geometry() == volume.geometry && !doubted
+            known.index.geometry() == volume.geometry && known.device == source.device() && !doubted
         };
         if let Some(known) = self.known.get(&volume.id).filter(fits) {
             return Ok(known.clone());
         }
         let index = Arc::new(HashIndex::open(folder, volume.id, volume.geometry)?);
-        let candidates = self.hints.track(volume, source, index.baseline());
+        let candidates = if source.stands_in() {
+            // What differs from it need not have been written, and is not marked.
+            index.renounce()?;
+            Err("something else is read in its place".to_owned())
+        } else {
+            self.hints.track(volume, source, index.baseline())
+        };
         let since = match candidates.as_ref().map(|c| c.start()) {
             Ok(Start::Continued) => Since::Index,
             Ok(Start::Fresh(doubt)) => Since::Now(doubt.to_string()),
             Err(cause) => Since::Now(format!("its writes are not tracked: {cause}")),
         };
-        let known = Known { index, candidates, since };
+        let known = Known { index, candidates, device: source.device(), since };
         self.known.insert(volume.id, known.clone());
         Ok(known)
     }

@@ -2,8 +2,10 @@
 
 mod bad_input;
 mod certificates;
+mod clones;
 mod damage;
 mod devices;
+mod hooks;
 mod hostile;
 mod identity;
 mod index;

@@ -5,6 +5,7 @@ use clap::Subcommand;
 use serde::Serialize;
 
 use super::Context;
+use crate::config::snapshot::{Hooks, Snapshot};
 
 /// What to do with settings.
 #[derive(Subcommand, Clone, Debug)]
@@ -29,6 +30,27 @@ struct Meant {
     machine_id_file: String,
     congestion: &'static str,
     segmentation_offload: bool,
+    snapshot: &'static str,
+    hooks: Option<MeantHooks>,
+}
+
+#[derive(Serialize)]
+struct MeantHooks {
+    pre: String,
+    post: String,
+    timeout_seconds: f64,
+    claims: Option<String>,
+}
+
+impl MeantHooks {
+    fn of(hooks: &Hooks) -> Self {
+        Self {
+            pre: hooks.pre.clone(),
+            post: hooks.post.clone(),
+            timeout_seconds: hooks.timeout.as_secs_f64(),
+            claims: hooks.claims.map(|c| c.to_string()),
+        }
+    }
 }
 
 /// Runs the command: the settings were read already.
@@ -50,9 +72,11 @@ pub fn run(ctx: &Context, out: &Output) -> anyhow::Result<Exit> {
         machine_id_file: c.machine_id_file.display().to_string(),
         congestion: c.tuning.congestion.as_str(),
         segmentation_offload: c.tuning.segmentation.is_offload(),
+        snapshot: c.snapshot.as_str(),
+        hooks: c.snapshot.hooks().map(MeantHooks::of),
     };
     let text = format!(
-        "settings are right\nstate {}\nreceiver {}\nevery {}\nprefer {}\nfreeze_limit {}\nsync_limit {}\nfreeze_memory {}\nfull_scan_every {}\nthreads {}\ncompression {}\nblock_size {}\nmachine_id_file {}\ncongestion {}\nsegmentation_offload {}",
+        "settings are right\nstate {}\nreceiver {}\nevery {}\nprefer {}\nfreeze_limit {}\nsync_limit {}\nfreeze_memory {}\nfull_scan_every {}\nthreads {}\ncompression {}\nblock_size {}\nmachine_id_file {}\ncongestion {}\nsegmentation_offload {}\nsnapshot {}",
         meant.state,
         meant.receiver.as_deref().unwrap_or("(as the join token said)"),
         text::duration(c.every),
@@ -66,8 +90,32 @@ pub fn run(ctx: &Context, out: &Output) -> anyhow::Result<Exit> {
         text::bytes(u64::from(meant.block_size)),
         meant.machine_id_file,
         meant.congestion,
-        meant.segmentation_offload
+        meant.segmentation_offload,
+        told(&c.snapshot)
     );
     out.result("backhaul.config/1", &meant, &text);
     Ok(Exit::Done)
+}
+
+/// What a setting does, for people.
+fn told(snapshot: &Snapshot) -> String {
+    let word = snapshot.as_str();
+    match snapshot {
+        Snapshot::Auto => {
+            format!(
+                "{word} (mounted devices frozen for an instant; a clone of an image that is open for writing, on xfs and btrfs)"
+            )
+        }
+        Snapshot::Freeze => format!("{word} (mounted devices frozen for an instant; images as they are)"),
+        Snapshot::Reflink => format!("{word} (a clone of every image, on xfs and btrfs; the rest as it is)"),
+        Snapshot::None => format!("{word} (volumes as they are: fuzzy while they are written to)"),
+        Snapshot::Hooks(h) => {
+            let claims = h.claims.map_or("crash, of one volume".to_owned(), |c| format!("{c}, by your word"));
+            let timeout = text::duration(h.timeout);
+            format!(
+                "{word}\nhooks.pre {}\nhooks.post {}\nhooks.timeout {timeout}\nhooks.claims {claims}",
+                h.pre, h.post
+            )
+        }
+    }
 }

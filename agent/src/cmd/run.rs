@@ -11,7 +11,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Context;
-use crate::capture::Live;
+use crate::capture;
 use crate::config::{Config, EVERY};
 use crate::connection::{Session, SessionError, connect, renewal_is_due};
 use crate::machine::machine_id;
@@ -52,6 +52,7 @@ pub async fn run(args: RunArgs, ctx: &Context, out: Output) -> anyhow::Result<Ex
     let joined = ctx.joined_writer()?;
     let _lock = state.lock()?;
     let status = StatusServer::start(&state)?;
+    ctx.pay_hooks().await?;
     let tracking = tracking(&ctx.config, joined.state)?;
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut service = Service {
@@ -91,8 +92,9 @@ pub async fn run(args: RunArgs, ctx: &Context, out: Output) -> anyhow::Result<Ex
 
 /// Marks by the kernel, freezes by the helper.
 fn tracking(config: &Config, state: StateId) -> std::io::Result<Tracking> {
-    let quiescer = Quiescer::start(quiesce::helper(&state.0), config.limits)?;
-    Ok(Tracking::new(Box::new(KernelHints::new(state)), Some(quiescer), Checks::new(config.full_scan_every)))
+    let start = || Quiescer::start(quiesce::helper(&state.0), config.limits);
+    let quiescer = config.snapshot.freezes().then(start).transpose()?;
+    Ok(Tracking::new(Box::new(KernelHints::new(state)), quiescer, Checks::new(config.full_scan_every)))
 }
 
 struct Service<'a> {
@@ -172,12 +174,13 @@ impl Service<'_> {
         };
         let due = self.last_commit.is_none_or(|t| t.elapsed() >= AT_LEAST);
         let total = volumes.iter().map(|v| v.geometry.length()).sum();
+        let provider = capture::provider(&self.ctx.config.snapshot, self.state, self.joined, &volumes);
         let round = Round {
             state: self.state,
             joined: self.joined,
             machine: machine_id(&self.ctx.config.machine_id_file)?,
             volumes: &volumes,
-            provider: &Live,
+            provider: &*provider,
             threads: self.ctx.config.threads,
             compression: self.ctx.config.compression,
             when: match self.last_label {

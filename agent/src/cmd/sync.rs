@@ -6,7 +6,7 @@ use backhaul_cli::{Exit, Output, text};
 use serde::Serialize;
 
 use super::Context;
-use crate::capture::Live;
+use crate::capture;
 use crate::connection::{Session, SessionError, connect};
 use crate::machine::machine_id;
 use crate::protect;
@@ -42,6 +42,7 @@ pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
     let state = ctx.state();
     let joined = ctx.joined_writer()?;
     let _lock = state.lock()?;
+    ctx.pay_hooks().await?;
     let begun = Instant::now();
     let mut tried = 0;
     let report = loop {
@@ -54,12 +55,13 @@ pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
         }
         let mut session = wait_for_receiver(ctx, &state, &joined, begun).await?;
         let total = volumes.iter().map(|v| v.geometry.length()).sum();
+        let provider = capture::provider(&ctx.config.snapshot, &state, &joined, &volumes);
         let round = Round {
             state: &state,
             joined: &joined,
             machine: machine_id(&ctx.config.machine_id_file)?,
             volumes: &volumes,
-            provider: &Live,
+            provider: &*provider,
             threads: ctx.config.threads,
             compression: ctx.config.compression,
             when: CommitWhen::Always,
@@ -78,7 +80,7 @@ pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
                 }
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
-            Err(error) if error.is_retryable() && !error.is_unavailable() && tried < TRIES => {
+            Err(error) if error.is_retryable() && !error.is_unavailable() && !error.is_hook() && tried < TRIES => {
                 out.warn(&format!("{error}; trying again"));
                 tokio::time::sleep(Duration::from_millis(300 * tried as u64)).await;
             }

@@ -6,6 +6,8 @@ use backhaul_protocol::session::source::SourceError;
 use backhaul_protocol::wire::message::Reason;
 use backhaul_volume::VolumeError;
 
+use crate::capture::SnapshotError;
+use crate::capture::hooks::HookError;
 use crate::connection::SessionError;
 use crate::pipeline::scanner::ScanError;
 use crate::state::StateError;
@@ -17,6 +19,9 @@ pub enum RoundError {
     /// The session.
     #[error("{0}")]
     Session(#[from] SessionError),
+    /// A command of the user.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// A volume.
     #[error("volume {name}: {source}")]
     Volume {
@@ -56,6 +61,11 @@ impl RoundError {
         matches!(self, Self::Session(SessionError::Source(e)) if e.is_unavailable())
     }
 
+    /// Whether a command of the user failed: it takes its time, and says itself what it tried.
+    pub fn is_hook(&self) -> bool {
+        matches!(self, Self::Hook(_))
+    }
+
     /// Whether there is no place at the receiver now. Sessions of an agent that was killed are there until they are
     /// found dead.
     pub fn is_busy(&self) -> bool {
@@ -66,6 +76,7 @@ impl RoundError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Session(e) => e.is_retryable(),
+            Self::Hook(_) => true,
             Self::Volume { source, .. } | Self::Scan(ScanError::Volume(source)) => source.is_retryable(),
             Self::Scan(ScanError::Stopped) | Self::Doubted { .. } | Self::Moving(_) => true,
             Self::Index(e) | Self::Scan(ScanError::Index(e)) => e.is_retryable(),
@@ -77,6 +88,16 @@ impl RoundError {
     /// Whether the receiver says that this agent is not the group's writer any more.
     pub fn is_divergence(&self) -> bool {
         matches!(self, Self::Session(SessionError::Source(SourceError::Refused(r))) if r.reason == Reason::Diverged)
+    }
+}
+
+impl From<SnapshotError> for RoundError {
+    fn from(error: SnapshotError) -> Self {
+        match error {
+            SnapshotError::Hook(e) => Self::Hook(e),
+            SnapshotError::Volume { name, source } => Self::Volume { name, source },
+            SnapshotError::State(e) => Self::State(e),
+        }
     }
 }
 

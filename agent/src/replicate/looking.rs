@@ -134,7 +134,7 @@ impl<'a> Looking<'a> {
         for volume in round.volumes {
             let failed = |source| RoundError::Volume { name: volume.name.clone(), source };
             let source = round.provider.open(volume).map_err(failed)?;
-            let Known { index, candidates, since } = tracking.of(&round.state.index_dir(), volume, &*source)?;
+            let Known { index, candidates, since, .. } = tracking.of(&round.state.index_dir(), volume, &*source)?;
             let read = Blocks::none(volume.geometry.blocks());
             let (marks, unmarked) = match candidates {
                 Ok(candidates) => (Some(Marks { candidates, since, read }), None),

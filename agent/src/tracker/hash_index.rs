@@ -223,6 +223,14 @@ impl HashIndex {
         Ok(*standing)
     }
 
+    /// Makes it another index, of which nobody has marks: it will hold what the volume may never have held.
+    pub fn renounce(&self) -> Result<(), IndexError> {
+        let mut standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
+        standing.baseline = Baseline { epoch: random::id(), number: 0 };
+        let written = self.file.write_all_at(&standing.to_bytes(), STANDING_START);
+        written.map_err(|source| IndexError::Io { path: self.path.clone(), source })
+    }
+
     fn standing(&self) -> Standing {
         *self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -15,6 +15,7 @@ mod error;
 pub mod identity;
 pub mod mem;
 pub mod rebuild;
+pub mod reflink;
 pub mod scan;
 pub mod source;
 pub mod stability;

@@ -106,6 +106,20 @@ impl Source {
         }
     }
 
+    /// The image file, if it is one.
+    pub(crate) fn image(&self) -> Option<&File> {
+        match &self.kind {
+            Kind::Image(file) => Some(file),
+            Kind::Device(_) => None,
+        }
+    }
+
+    /// The same image, read from another file.
+    pub(crate) fn with_image(&self, file: File) -> Self {
+        let (path, identity) = (self.path.clone(), self.identity.clone());
+        Self { path, length: self.length, identity, kind: Kind::Image(file) }
+    }
+
     /// Bytes that a read should be a multiple of: the device's logical sector, or 1 for an image.
     pub fn sector_size(&self) -> u32 {
         match &self.kind {

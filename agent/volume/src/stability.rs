@@ -114,12 +114,18 @@ impl std::fmt::Debug for Watch {
 
 /// Size, modification and change time with nanoseconds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct FileTimes([i64; 5]);
+pub(crate) struct FileTimes([i64; 5]);
 
 impl FileTimes {
-    fn of(meta: &std::fs::Metadata) -> Self {
+    pub(crate) fn of(meta: &std::fs::Metadata) -> Self {
         use std::os::unix::fs::MetadataExt;
         Self([meta.size() as i64, meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec()])
+    }
+
+    /// The later of the two times.
+    pub(crate) fn newest(&self) -> (i64, i64) {
+        let [_, modified, modified_nanos, changed, changed_nanos] = self.0;
+        (modified, modified_nanos).max((changed, changed_nanos))
     }
 }
 
