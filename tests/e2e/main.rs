@@ -10,6 +10,7 @@ mod index;
 mod large_volume;
 mod log;
 mod overload;
+mod plan;
 mod replicate;
 mod restore;
 mod resume;
