@@ -9,6 +9,7 @@ pub mod connection;
 pub mod machine;
 pub mod network_restore;
 pub mod pipeline;
+pub mod plan;
 pub mod protect;
 pub mod quiesce;
 pub mod replicate;

@@ -26,6 +26,8 @@ struct Cli {
 enum Command {
     /// Make this server a member of a group, with a token from `backhaul-receiver token`
     Join(cmd::join::JoinArgs),
+    /// Measure what protecting volumes would take; before or after they are protected
+    Plan(cmd::plan::PlanArgs),
     /// Protect volumes, or point them to other devices
     Protect(cmd::protect::ProtectArgs),
     /// Stop protecting a volume; its points stay
@@ -62,6 +64,7 @@ async fn dispatch(cli: Cli, out: Output) -> anyhow::Result<Exit> {
     let ctx = Context { config: Config::build(cli.common.config.as_deref(), &cli.place)? };
     match cli.command {
         Command::Join(args) => cmd::join::run(args, &ctx, out).await,
+        Command::Plan(args) => cmd::plan::run(args, &ctx, out).await,
         Command::Protect(args) => cmd::protect::protect(&args, &ctx, &out),
         Command::Unprotect(args) => cmd::protect::unprotect(&args, &ctx, &out),
         Command::Sync => cmd::sync::run(&ctx, out).await,

@@ -36,3 +36,7 @@ pub const MAX_LOG_RECORD: usize = MAX_INLINE_RECORDS + (128 << 10);
 pub const CHECKPOINT_INTERVAL: u64 = 1024;
 /// Longest name of a group, volume or agent.
 pub const MAX_NAME: usize = 63;
+/// Bytes without meaning that a receiver takes to measure a path: 10 Gbit/s for most of a second, 1 Gbit/s for 8 s.
+pub const MAX_PROBE_BYTES: u64 = 1 << 30;
+/// And for how long, seconds: long enough for congestion control to find the rate of a long path.
+pub const MAX_PROBE_SECONDS: u64 = 10;

@@ -19,6 +19,7 @@ pub mod keys;
 pub mod layers;
 pub mod limits;
 pub mod locate;
+pub mod measuring;
 pub mod membership;
 pub mod notices;
 pub mod object_ids;

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::catalog::{Catalog, GroupLog};
 use crate::credit::Credit;
 use crate::limits::Limits;
+use crate::measuring::AT_ONCE;
 use crate::quota::Quota;
 use crate::read_error::ReadError;
 use crate::round::{GroupState, RoundResources};
@@ -239,6 +240,8 @@ pub struct Shared {
     pub session_numbers: AtomicU64,
     /// When agents were here.
     pub seen: Seen,
+    /// Whose path is measured.
+    pub measured: Arc<Semaphore>,
 }
 
 /// What sessions hold at this moment: nothing of it when there are none.
@@ -256,6 +259,8 @@ pub struct InUse {
     pub credit: u32,
     /// Memory for segments, bytes.
     pub memory: usize,
+    /// Paths that are measured.
+    pub measured: usize,
 }
 
 /// The authority, which has no useful text form.
@@ -290,6 +295,7 @@ impl Shared {
             credit: Credit::new(),
             session_numbers: AtomicU64::new(1),
             seen: Seen::default(),
+            measured: Arc::new(Semaphore::new(AT_ONCE)),
         })
     }
 
@@ -347,6 +353,7 @@ impl Shared {
             groups: self.groups_in_use(),
             credit: self.credit.granted(),
             memory: self.resources.budget.taken(),
+            measured: AT_ONCE - self.measured.available_permits(),
         }
     }
 }

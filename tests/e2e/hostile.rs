@@ -8,12 +8,13 @@ use backhaul_protocol::consistency::Consistency;
 use backhaul_protocol::digest::{BlockDigest, DeltaDigest, VolumeDigest};
 use backhaul_protocol::geometry::BlockIndex;
 use backhaul_protocol::ids::{CaptureNumber, CommitId, Generation, LogSeq, VolumeSlot, WriterNonce};
+use backhaul_protocol::limits::MAX_PROBE_BYTES;
 use backhaul_protocol::record::{Encoding, RecordBody, RecordHeader};
 use backhaul_protocol::store::log::{MachineId, UnixMillis};
 use backhaul_protocol::wire::frame;
 use backhaul_protocol::wire::hello::agent_hello;
 use backhaul_protocol::wire::message::{
-    AgentMessage, CloseCode, Commit, CommitVolume, Join, Open, OpenRead, PointSpec, ReceiverMessage,
+    AgentMessage, CloseCode, Commit, CommitVolume, Join, Open, OpenRead, PointSpec, Probed, ReceiverMessage,
 };
 use backhaul_tests::Random;
 use backhaul_tests::peer::{As, Target, target, target_with};
@@ -293,6 +294,68 @@ async fn offers_that_are_wrong() {
         }
         endpoint.close(CloseCode::Done, "").await;
     }
+    target.unharmed(1);
+}
+
+/// A path may be measured by who has a certificate, for so many bytes, and beside rounds, not in one.
+#[tokio::test]
+async fn probes_that_do_not_end() {
+    let mut target = target();
+    let probe = frame::encode(&AgentMessage::Probe).expect("fits");
+    says(&target, As::Stranger, "a probe", after_hello(&probe)).await;
+    // In the middle of a round.
+    let (_endpoint, connection) = target.connect(As::Agent).await;
+    let (mut sender, mut receiver) = connection.greet().await;
+    sender.send(&AgentMessage::Open(target.open())).await.expect("sent");
+    assert!(matches!(receiver.receive().await, Ok(Some(ReceiverMessage::Opened(_)))));
+    sender.send(&AgentMessage::Probe).await.expect("sent");
+    refused(&mut receiver, "in a round").await;
+    // As much as the receiver takes, and then more.
+    let (_endpoint, connection) = target.connect(As::Agent).await;
+    let (mut sender, mut receiver) = connection.greet().await;
+    sender.send(&AgentMessage::Probe).await.expect("sent");
+    let first = receiver.receive().await.expect("an answer");
+    assert!(
+        matches!(first, Some(ReceiverMessage::Probed(Probed { bytes: 0, left: MAX_PROBE_BYTES, .. }))),
+        "{first:?}"
+    );
+    let junk = vec![7; 1 << 20];
+    let mut sent = 0;
+    for _ in 0..(2 * MAX_PROBE_BYTES) >> 20 {
+        // A stream that is stopped, and another that is stopped at once.
+        let mut stream = connection.0.open_uni().await.expect("a stream");
+        if stream.write_all(&junk).await.is_ok() {
+            sent += junk.len() as u64;
+        }
+        let _ = stream.finish();
+        sender.send(&AgentMessage::Probe).await.expect("sent");
+        let answer = receiver.receive().await.expect("an answer");
+        let Some(ReceiverMessage::Probed(probed)) = answer else { panic!("{answer:?}") };
+        assert!(probed.bytes <= MAX_PROBE_BYTES + (8 << 20), "I12: {probed:?}");
+        if probed.left == 0 {
+            break;
+        }
+    }
+    assert!(sent > 0);
+    // Its turn is over, though it is still there.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let (_other, second) = target.connect(As::Agent).await;
+    let (mut second_sender, mut second_receiver) = second.greet().await;
+    second_sender.send(&AgentMessage::Probe).await.expect("sent");
+    let answer = second_receiver.receive().await.expect("an answer");
+    assert!(matches!(answer, Some(ReceiverMessage::Probed(_))), "{answer:?}");
+    // Nobody else measures meanwhile.
+    let (_third, third) = target.connect(As::Agent).await;
+    let (mut third_sender, mut third_receiver) = third.greet().await;
+    third_sender.send(&AgentMessage::Probe).await.expect("sent");
+    refused(&mut third_receiver, "being measured").await;
+    // Who has measured may go on with a round, and bytes without meaning are no records then.
+    second_sender.send(&AgentMessage::Open(target.open())).await.expect("sent");
+    let answer = second_receiver.receive().await.expect("an answer");
+    assert!(matches!(answer, Some(ReceiverMessage::Opened(_))), "{answer:?}");
+    let mut stream = second.0.open_uni().await.expect("a stream");
+    let _ = stream.write_all(&junk[..5000]).await;
+    refused(&mut second_receiver, "wrong magic").await;
     target.unharmed(1);
 }
 

@@ -12,6 +12,7 @@ mod index;
 mod large_volume;
 mod log;
 mod overload;
+mod plan;
 mod replicate;
 mod restore;
 mod resume;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the network does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,12 +15,16 @@ pub enum Weather {
     Losing(u32),
     /// Nothing arrives.
     Cut,
+    /// Everything arrives; from agents only so many bytes of UDP payload a second, with a queue of what a socket holds.
+    Narrow(u64),
 }
 
 #[derive(Debug)]
 struct Shared {
     /// Of a thousand datagrams so many are lost.
     lost: AtomicU32,
+    /// Bytes a second upwards; 0 is any number.
+    rate: AtomicU64,
     bytes_up: AtomicU64,
     stop: AtomicBool,
     drawn: AtomicU64,
@@ -41,6 +45,7 @@ impl Network {
         let address = front.local_addr().expect("bound");
         let shared = Arc::new(Shared {
             lost: AtomicU32::new(0),
+            rate: AtomicU64::new(0),
             bytes_up: AtomicU64::new(0),
             stop: AtomicBool::new(false),
             drawn: AtomicU64::new(0),
@@ -64,10 +69,12 @@ impl Network {
     /// Changes the weather.
     pub fn set(&self, weather: Weather) {
         let lost = match weather {
-            Weather::Fine => 0,
+            Weather::Fine | Weather::Narrow(_) => 0,
             Weather::Losing(n) => n,
             Weather::Cut => 1000,
         };
+        let rate = if let Weather::Narrow(rate) = weather { rate } else { 0 };
+        self.shared.rate.store(rate, Ordering::Relaxed);
         self.shared.lost.store(lost, Ordering::Relaxed);
     }
 
@@ -97,8 +104,18 @@ fn up(front: &UdpSocket, to: &Mutex<SocketAddr>, shared: &Arc<Shared>) {
     front.set_read_timeout(Some(LOOK_UP)).expect("a legal timeout");
     let mut flows: HashMap<SocketAddr, UdpSocket> = HashMap::new();
     let mut buffer = vec![0; 1 << 16];
+    let mut free_at = Instant::now();
     while !shared.stop.load(Ordering::Relaxed) {
         let Ok((len, from)) = front.recv_from(&mut buffer) else { continue };
+        let rate = shared.rate.load(Ordering::Relaxed);
+        if rate > 0 {
+            free_at = free_at.max(Instant::now()) + Duration::from_secs_f64(len as f64 / rate as f64);
+            // Sleeps are never shorter than some tenths of a millisecond.
+            let ahead = free_at.saturating_duration_since(Instant::now());
+            if ahead > Duration::from_millis(2) {
+                std::thread::sleep(ahead);
+            }
+        }
         if shared.is_lost() {
             continue;
         }

@@ -35,6 +35,31 @@ struct Inner {
     printed: AtomicU64,
     bar: ProgressBar,
     plain: bool,
+    unit: Unit,
+}
+
+/// What is counted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Unit {
+    Bytes,
+    /// Milliseconds, shown as seconds.
+    Time,
+}
+
+impl Unit {
+    fn template(self) -> &'static str {
+        match self {
+            Self::Bytes => "{prefix} {bar:30} {percent:>3}% {bytes}/{total_bytes} {bytes_per_sec} eta {eta}",
+            Self::Time => "{prefix} {bar:30} {percent:>3}% eta {eta}",
+        }
+    }
+
+    fn show(self, n: u64) -> String {
+        match self {
+            Self::Bytes => text::bytes(n),
+            Self::Time => text::duration(Duration::from_millis(n)),
+        }
+    }
 }
 
 impl Progress {
@@ -44,14 +69,21 @@ impl Progress {
 
     /// Begins the next phase, of so many bytes.
     pub fn phase(&mut self, name: &str, total: u64) -> Phase {
+        self.begin(name, total, Unit::Bytes)
+    }
+
+    /// Begins the next phase, which takes so long; [`Phase::add`] is told milliseconds.
+    pub fn timed_phase(&mut self, name: &str, time: Duration) -> Phase {
+        self.begin(name, time.as_millis() as u64, Unit::Time)
+    }
+
+    fn begin(&mut self, name: &str, total: u64, unit: Unit) -> Phase {
         self.begun += 1;
         let name = format!("[{}/{}] {name}", self.begun, self.phases.max(self.begun));
         let terminal = std::io::stderr().is_terminal();
         let bar = if terminal && !self.quiet {
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template(
-                "{prefix} {bar:30} {percent:>3}% {bytes}/{total_bytes} {bytes_per_sec} eta {eta}",
-            );
+            let style = ProgressStyle::with_template(unit.template());
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.set_prefix(name.clone());
             bar
@@ -66,12 +98,13 @@ impl Progress {
             printed: AtomicU64::new(0),
             bar,
             plain: !terminal && !self.quiet,
+            unit,
         }))
     }
 }
 
 impl Phase {
-    /// So many bytes more are done.
+    /// So many bytes, or milliseconds, more are done.
     pub fn add(&self, bytes: u64) {
         let inner = &self.0;
         let done = inner.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
@@ -100,7 +133,7 @@ impl Inner {
     fn print(&self, done: u64, finished: bool) {
         // 100 % only when it is finished: rounding never says so earlier.
         let percent = if finished { 100 } else { (done.min(self.total) * 100 / self.total.max(1)).min(99) };
-        let line = format!("{} {percent}% {} of {}", self.name, text::bytes(done), text::bytes(self.total));
+        let line = format!("{} {percent}% {} of {}", self.name, self.unit.show(done), self.unit.show(self.total));
         let _ = writeln!(std::io::stderr().lock(), "{line}");
     }
 }

@@ -59,6 +59,8 @@ pub enum AgentMessage {
         /// One bit a block, the lowest first; exactly 128 bytes.
         blocks: Vec<u8>,
     },
+    /// Block streams carry bytes without meaning from now on, which are counted; and how many were counted so far?
+    Probe,
 }
 
 /// From the receiver to the agent.
@@ -110,6 +112,19 @@ pub enum ReceiverMessage {
     },
     /// No answer to anything: the store keeps the receiver waiting. May come at any time.
     Waiting(Waiting),
+    /// Answer to `Probe`.
+    Probed(Probed),
+}
+
+/// What came over a path that is measured.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Encode, Decode)]
+pub struct Probed {
+    /// Bytes of block streams that were read since the first `Probe`, and thrown away.
+    pub bytes: u64,
+    /// Microseconds since then, by the receiver's clock.
+    pub micros: u64,
+    /// Bytes that are still taken; 0: streams are stopped.
+    pub left: u64,
 }
 
 /// The receiver waits for its store, or is at work.
@@ -434,4 +449,19 @@ pub enum CloseCode {
     Protocol = 4,
     /// Refused; the reason was sent as a message.
     Refused = 5,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::frame;
+
+    #[test]
+    fn probes_have_their_numbers() {
+        assert_eq!(frame::encode(&AgentMessage::Probe).expect("fits"), [1, 0, 0, 0, 9]);
+        let probed = ReceiverMessage::Probed(Probed { bytes: 1, micros: 300, left: 1 << 30 });
+        let bytes = [10, 0, 0, 0, 10, 1, 251, 44, 1, 252, 0, 0, 0, 64];
+        assert_eq!(frame::encode(&probed).expect("fits"), bytes);
+        assert_eq!(frame::decode::<ReceiverMessage>(&bytes[4..]).expect("right"), probed);
+    }
 }

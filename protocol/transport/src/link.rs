@@ -50,6 +50,10 @@ pub trait SendHalf: Send {
     async fn write(&mut self, bytes: Bytes) -> Result<(), TransportError>;
     /// Nothing more is sent.
     fn finish(&mut self);
+    /// Nothing more is sent, and what waits to be sent is thrown away.
+    fn reset(&mut self) {
+        self.finish();
+    }
     /// Waits until the other side has everything, or wants no more.
     async fn stopped(&mut self);
 }
@@ -133,6 +137,10 @@ impl SendHalf for quinn::SendStream {
     fn finish(&mut self) {
         // An error means that it was finished or stopped before.
         let _ = quinn::SendStream::finish(self);
+    }
+    fn reset(&mut self) {
+        // The same.
+        let _ = quinn::SendStream::reset(self, VarInt::from_u32(CloseCode::Done as u32));
     }
     async fn stopped(&mut self) {
         let _ = quinn::SendStream::stopped(self).await;

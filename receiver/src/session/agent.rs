@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 
 use super::refusal;
 use crate::access::{self, unix_millis};
+use crate::measuring::Measuring;
 use crate::notices::Busy;
 use crate::read_session::Reading;
 use crate::round::{ABSORB_INTERVAL, GroupState, Round, after_commit};
@@ -50,6 +51,7 @@ enum Mode {
     Idle,
     Writing { round: Box<Round>, held: Held },
     Reading(Reading),
+    Measuring(Measuring),
 }
 
 /// One agent's session.
@@ -191,7 +193,20 @@ impl Session {
                 Mode::Reading(reading) => reading.want(volume, PageIndex(page), &blocks).await,
                 _ => Err(refusal(Reason::Protocol, "`Want` without `OpenRead`")),
             },
+            AgentMessage::Probe => self.probe().await,
         }
+    }
+
+    /// Counts what comes on block streams, and says how much it was. Nothing of the group is touched.
+    async fn probe(&mut self) -> Result<(), Refusal> {
+        if matches!(self.mode, Mode::Idle) {
+            self.mode = Mode::Measuring(Measuring::begin(&self.shared.measured)?);
+        }
+        let Mode::Measuring(measuring) = &self.mode else {
+            return Err(refusal(Reason::Protocol, "`Probe` in a round"));
+        };
+        self.reply(ReceiverMessage::Probed(measuring.probed())).await;
+        Ok(())
     }
 
     async fn note_seen(&self) {
@@ -239,7 +254,9 @@ impl Session {
         match &self.mode {
             Mode::Writing { round, .. } => Ok(round.view()),
             Mode::Reading(reading) => Ok(reading.view()),
-            Mode::Idle => Err(refusal(Reason::Protocol, "a question without `Open` or `OpenRead`")),
+            Mode::Idle | Mode::Measuring(_) => {
+                Err(refusal(Reason::Protocol, "a question without `Open` or `OpenRead`"))
+            }
         }
     }
 
@@ -267,7 +284,9 @@ impl Session {
         let found = match &self.mode {
             Mode::Writing { round, held } => round.page(&held.state, slot, page).await,
             Mode::Reading(reading) => reading.page(slot, page).await,
-            Mode::Idle => return Err(refusal(Reason::Protocol, "a question without `Open` or `OpenRead`")),
+            Mode::Idle | Mode::Measuring(_) => {
+                return Err(refusal(Reason::Protocol, "a question without `Open` or `OpenRead`"));
+            }
         };
         let (draft, digests) = found.map_err(|e| e.refusal())?;
         self.reply(ReceiverMessage::Page { volume: slot, page: page.0, draft, digests }).await;
@@ -279,6 +298,9 @@ impl Session {
             Mode::Writing { round, .. } => {
                 self.streams.spawn(round.ingest.clone().run_stream(stream));
             }
+            Mode::Measuring(measuring) => {
+                self.streams.spawn(measuring.count(stream));
+            }
             // A stream of a round that is over, or of none: its records belong nowhere.
             _ => stream.stop(),
         }
@@ -286,6 +308,9 @@ impl Session {
 
     async fn absorb(&mut self) -> Result<(), Refusal> {
         self.tell_head(HintWhen::Due);
+        if let Mode::Measuring(measuring) = &mut self.mode {
+            measuring.end_in_time();
+        }
         if let Mode::Writing { round, held } = &mut self.mode {
             let failed = round.ingest.progress().borrow().failed.clone();
             if let Some(text) = failed {
