@@ -20,6 +20,8 @@ pub mod layers;
 pub mod limits;
 pub mod locate;
 pub mod membership;
+pub mod metering;
+pub mod metrics;
 pub mod notices;
 pub mod object_ids;
 pub mod plan;

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::catalog::{Catalog, GroupLog};
 use crate::credit::Credit;
 use crate::limits::Limits;
+use crate::metrics::Counts;
 use crate::quota::Quota;
 use crate::read_error::ReadError;
 use crate::round::{GroupState, RoundResources};
@@ -49,6 +50,8 @@ pub struct ServerSettings {
     pub limits: Limits,
     /// How connections treat their path.
     pub tuning: Tuning,
+    /// Where Prometheus is answered.
+    pub metrics: Option<SocketAddr>,
 }
 
 impl Default for ServerSettings {
@@ -64,6 +67,7 @@ impl Default for ServerSettings {
             revocation_check: Duration::from_secs(10),
             limits: Limits::default(),
             tuning: Tuning::default(),
+            metrics: None,
         }
     }
 }
@@ -239,6 +243,8 @@ pub struct Shared {
     pub session_numbers: AtomicU64,
     /// When agents were here.
     pub seen: Seen,
+    /// For metrics.
+    pub counts: Arc<Counts>,
 }
 
 /// What sessions hold at this moment: nothing of it when there are none.
@@ -290,6 +296,7 @@ impl Shared {
             credit: Credit::new(),
             session_numbers: AtomicU64::new(1),
             seen: Seen::default(),
+            counts: Arc::default(),
         })
     }
 
