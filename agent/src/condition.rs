@@ -172,6 +172,8 @@ pub struct Condition {
     freezes: VecDeque<(Instant, f64)>,
     /// What was logged last.
     said: (RunState, String),
+    /// Something was logged that is not over.
+    alarmed: bool,
 }
 
 impl Condition {
@@ -213,6 +215,7 @@ impl Condition {
             changed_since: None,
             freezes: VecDeque::new(),
             said: (state, String::new()),
+            alarmed: true,
         }
     }
 
@@ -249,7 +252,10 @@ impl Condition {
         }
         let (state, was) = (state.as_str(), self.said.0);
         // Rounds that are a little late now and then are no news.
-        let is_news = !(was.is_working() && self.report.state.is_working()) || was == RunState::Rescan;
+        let is_alarm = !self.report.state.is_working() || self.report.state == RunState::Rescan;
+        let is_over = self.alarmed && self.report.state == RunState::Continuous;
+        let is_news = is_alarm || is_over || !was.is_working();
+        self.alarmed = (self.alarmed || is_alarm) && !is_over;
         match (is_news, cause) {
             (true, "") => tracing::warn!("{state}"),
             (true, cause) => tracing::warn!("{state}: {cause}"),
