@@ -154,6 +154,8 @@ struct Look {
     since: Instant,
     before: Through,
     to_read: u64,
+    /// Of that, what is known to have been written to.
+    marked: u64,
 }
 
 /// The state, and what it follows from.
@@ -275,8 +277,7 @@ impl Condition {
         let bytes = |v: &VolumeReport| v.bytes;
         self.report.volumes.clone_from(&stage.volumes);
         let to_read = stage.to_read.min(self.report.volumes.iter().map(bytes).sum());
-        self.report.behind_bytes = to_read;
-        self.look = Some(Look { since: now, before, to_read });
+        self.look = Some(Look { since: now, before, to_read, marked: stage.marked });
         let was = self.report.state;
         if self.report.protected_until.is_none() {
             let cause = format!("there is no point yet: {} are read", text::bytes(to_read));
@@ -288,6 +289,8 @@ impl Condition {
             let cause = format!("after it was {was} for {took}: {} are looked at", text::bytes(to_read));
             self.set(now, RunState::Backlog, Some(cause));
         }
+        // Where nothing is marked all is read for every point, and that is not to be behind.
+        self.report.behind_bytes = if self.report.state == RunState::Continuous { stage.marked } else { to_read };
     }
 
     /// Time goes by.
@@ -298,7 +301,8 @@ impl Condition {
         let elapsed = now.saturating_duration_since(look.since).as_secs_f64();
         let read = through.read.saturating_sub(look.before.read);
         let left = look.to_read.saturating_sub(read);
-        self.report.behind_bytes = left;
+        let is_even = self.report.state == RunState::Continuous;
+        self.report.behind_bytes = if is_even { look.marked.saturating_sub(read) } else { left };
         let late = self.fresh.is_none_or(|at| now.saturating_duration_since(at) > self.delay());
         if !late || elapsed < 1.0 {
             return;
@@ -325,6 +329,7 @@ impl Condition {
                 let every = text::duration(self.every);
                 let cause = format!("{} behind, more than is sent in {every}: {figures}", text::bytes(left));
                 self.set(now, RunState::Backlog, Some(cause));
+                self.report.behind_bytes = left;
             }
         }
     }

@@ -86,6 +86,11 @@ fn an_outage_is_a_backlog_until_the_newest_point_is_young() {
     let mut s = Story::new(Some(1));
     s.is(RunState::Backlog, "just started");
     s.looks(MIB, &[]).succeeds(None).is(RunState::Continuous, "");
+    let volumes = vec![VolumeReport { name: "data".into(), bytes: 1 << 40, unmarked: Some("an image".into()) }];
+    s.condition.begun(s.now);
+    s.condition.looks(s.now, &Stage { marked: MIB, to_read: 1 << 40, unknown: vec![], volumes }, s.through);
+    assert_eq!(s.condition.report().behind_bytes, MIB, "what is read without being marked is not behind");
+    s.succeeds(None);
     s.condition.failed(s.now, RunState::Disconnected, "no answer".into());
     s.is(RunState::Disconnected, "no answer");
     s.go(300).is(RunState::Disconnected, "no answer");
