@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod join;
+pub mod pause;
 pub mod plan;
 pub mod protect;
 pub mod restore;

@@ -4,18 +4,22 @@
 
 pub mod snapshot;
 
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use backhaul_cli::settings::{self, Bytes, Span};
+use backhaul_cli::settings::{self, Bytes, Rate, Span};
 use backhaul_cli::{Exit, Failure};
 use backhaul_protocol::limits::{DEFAULT_BLOCK_SIZE, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 use backhaul_transport::tuning::Tuning;
+use backhaul_volume::priority::IoClass;
 use clap::Args;
 use serde::Deserialize;
 
+use crate::pipeline::load::{self, Priority};
 use crate::pipeline::pace::Compression;
+use crate::pipeline::schedule::{Days, Schedule, Window};
 use crate::quiesce::Limits;
 use crate::tracker::DEFAULT_FULL_SCAN;
 use snapshot::{HookTable, Snapshot};
@@ -37,6 +41,15 @@ const SYNC_LIMIT: RangeInclusive<Duration> = Duration::from_millis(100)..=Durati
 const FREEZE_MEMORY: RangeInclusive<u64> = 4 << 20..=1 << 30;
 /// What `full_scan_every` may be.
 const FULL_SCAN_EVERY: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(366 * 86_400);
+
+/// What rates may be, bytes per second: below, one piece of records would take longer than a receiver waits for the last.
+const RATE: RangeInclusive<u64> = 64_000..=1 << 50;
+/// What `nice` may be: better than usual is not for a program that waits on others' disks.
+const NICE: RangeInclusive<i32> = 0..=19;
+/// Where nothing else is said.
+const DEFAULT_NICE: i32 = 10;
+/// More windows than that are a slip.
+const MAX_WINDOWS: usize = 100;
 
 /// The settings file.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -60,6 +73,19 @@ pub struct Settings {
     pub full_scan_every: Option<Span>,
     /// Threads that read, hash and compress.
     pub threads: Option<usize>,
+    /// Bytes of block records that are sent per second.
+    pub send_rate: Option<Rate>,
+    /// The same at some hours.
+    #[serde(default)]
+    pub send_window: Vec<WindowSettings>,
+    /// Bytes of volumes that are read per second.
+    pub read_rate: Option<Rate>,
+    /// How threads that scan rank for processors.
+    pub nice: Option<i32>,
+    /// How threads that scan rank for disks.
+    pub io: Option<Io>,
+    /// Where `run` answers Prometheus.
+    pub metrics: Option<SocketAddr>,
     /// How hard blocks are compressed.
     pub compression: Option<WordOrLevel>,
     /// Block size of volumes that are protected from now on.
@@ -74,6 +100,52 @@ pub struct Settings {
     pub snapshot: Option<String>,
     /// Commands for `snapshot = "hooks"`.
     pub hooks: Option<HookTable>,
+}
+
+/// Hours with a rate of their own.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WindowSettings {
+    /// HH:MM, local time.
+    pub from: String,
+    /// The same; not later than `from`: on the next day.
+    pub to: String,
+    /// `mon-fri`, `sat,sun`; default: every day.
+    pub days: Option<String>,
+    /// Bytes per second; 0: nothing is sent.
+    pub rate: Rate,
+}
+
+/// How threads that scan rank for disks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Io {
+    /// As the process.
+    Normal,
+    /// Best effort, after all others.
+    #[default]
+    BestEffort,
+    /// Only when nobody else wants the disk.
+    Idle,
+}
+
+impl Io {
+    /// As it is written.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Normal => "normal",
+            Self::BestEffort => "best-effort",
+            Self::Idle => "idle",
+        }
+    }
+
+    fn class(self) -> IoClass {
+        match self {
+            Self::Normal => IoClass::Unchanged,
+            Self::BestEffort => IoClass::BestEffort,
+            Self::Idle => IoClass::Idle,
+        }
+    }
 }
 
 /// What gives way where a point can't be had without making the server wait.
@@ -144,6 +216,12 @@ pub struct Config {
     pub full_scan_every: Duration,
     /// Threads that read, hash and compress.
     pub threads: usize,
+    /// How much is asked of the server.
+    pub load: load::Limits,
+    /// How threads that scan rank for disks.
+    pub io: Io,
+    /// Where `run` answers Prometheus.
+    pub metrics: Option<SocketAddr>,
     /// How hard blocks are compressed.
     pub compression: Compression,
     /// Block size of volumes that are protected from now on, bytes.
@@ -154,9 +232,16 @@ pub struct Config {
     pub tuning: Tuning,
     /// How a point becomes one of a single instant.
     pub snapshot: Snapshot,
+    /// What it was built from.
+    from: (Option<PathBuf>, PlaceArgs),
 }
 
 impl Config {
+    /// From the same flags, and the file as it is now.
+    pub fn again(&self) -> Result<Self, Failure> {
+        Self::build(self.from.0.as_deref(), &self.from.1)
+    }
+
     /// From flags and environment, then the file, then defaults.
     pub fn build(file: Option<&Path>, place: &PlaceArgs) -> Result<Self, Failure> {
         let settings: Settings = settings::load(file, Path::new(DEFAULT_FILE))?;
@@ -186,6 +271,7 @@ impl Config {
         if !FULL_SCAN_EVERY.contains(&full_scan_every) {
             return Err(wrong(format!("full_scan_every = {full_scan_every:?}: want from 1m to 366d")));
         }
+        let load = load_limits(&settings).map_err(wrong)?;
         let tuning = settings::tuning(settings.congestion.as_deref(), settings.segmentation_offload).map_err(wrong)?;
         let snapshot = Snapshot::build(settings.snapshot.as_deref(), settings.hooks).map_err(wrong)?;
         let receiver = place.receiver.clone().or(settings.receiver);
@@ -200,13 +286,51 @@ impl Config {
             limits,
             full_scan_every,
             threads,
+            load,
+            io: settings.io.unwrap_or_default(),
+            metrics: settings.metrics,
             compression,
             block_size: block_size as u32,
             machine_id_file: settings.machine_id_file.unwrap_or_else(|| crate::machine::USUAL_FILE.into()),
             tuning,
             snapshot,
+            from: (file.map(Path::to_owned), place.clone()),
         })
     }
+}
+
+fn load_limits(settings: &Settings) -> Result<load::Limits, String> {
+    let rate = |name: &str, rate: Option<Rate>| match rate {
+        Some(Rate(n)) if !RATE.contains(&n) => Err(format!("{name} = {n}: want at least 64kB a second")),
+        rate => Ok(rate.map(|r| r.0)),
+    };
+    if settings.send_window.len() > MAX_WINDOWS {
+        return Err(format!("{} send_window: want at most {MAX_WINDOWS}", settings.send_window.len()));
+    }
+    let nice = settings.nice.unwrap_or(DEFAULT_NICE);
+    if !NICE.contains(&nice) {
+        return Err(format!("nice = {nice}: want from 0 to 19"));
+    }
+    let windows = settings.send_window.iter().map(window).collect::<Result<_, _>>()?;
+    let priority = Priority { nice, io: settings.io.unwrap_or_default().class() };
+    let send = Schedule { usual: rate("send_rate", settings.send_rate)?, windows };
+    Ok(load::Limits { send, read: rate("read_rate", settings.read_rate)?, priority })
+}
+
+fn window(settings: &WindowSettings) -> Result<Window, String> {
+    let time = |text: &str| {
+        // As railways write the end of a day.
+        let text = if text == "24:00" { "00:00" } else { text };
+        jiff::civil::Time::strptime("%H:%M", text)
+            .map_err(|_| format!("send_window: \"{text}\" is not a time as 18:30"))
+    };
+    let Rate(rate) = settings.rate;
+    if rate != 0 && !RATE.contains(&rate) {
+        return Err(format!("send_window: rate = {rate}: want 0 or at least 64kB a second"));
+    }
+    let days =
+        settings.days.as_deref().map_or(Ok(Days::ALL), str::parse).map_err(|e: String| format!("send_window: {e}"))?;
+    Ok(Window { from: time(&settings.from)?, to: time(&settings.to)?, days, rate })
 }
 
 fn limits(prefer: Prefer, settings: &Settings) -> Result<Limits, String> {

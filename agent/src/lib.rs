@@ -4,9 +4,11 @@
 
 pub mod capture;
 pub mod cmd;
+pub mod condition;
 pub mod config;
 pub mod connection;
 pub mod machine;
+pub mod metrics;
 pub mod network_restore;
 pub mod pipeline;
 pub mod plan;

@@ -36,6 +36,10 @@ enum Command {
     Sync,
     /// Make recovery points until SIGTERM
     Run(cmd::run::RunArgs),
+    /// Have `run` make no points for a while
+    Pause(cmd::pause::PauseArgs),
+    /// Have `run` make points again
+    Resume,
     /// Show how well this server is protected
     Status(cmd::status::StatusArgs),
     /// Restore volumes over the network, through the receiver
@@ -56,7 +60,7 @@ fn main() -> ExitCode {
         Err(exit) => return exit,
     };
     let common = cli.common.clone();
-    let signals = if matches!(cli.command, Command::Run(_)) { Signals::Own } else { Signals::End };
+    let signals = if matches!(cli.command, Command::Run(_)) { Signals::All } else { Signals::End };
     backhaul_cli::run(&common, cmd::meaning, signals, |out| dispatch(cli, out))
 }
 
@@ -69,6 +73,8 @@ async fn dispatch(cli: Cli, out: Output) -> anyhow::Result<Exit> {
         Command::Unprotect(args) => cmd::protect::unprotect(&args, &ctx, &out),
         Command::Sync => cmd::sync::run(&ctx, out).await,
         Command::Run(args) => cmd::run::run(args, &ctx, out).await,
+        Command::Pause(args) => cmd::pause::pause(args, &ctx, &out).await,
+        Command::Resume => cmd::pause::resume(&ctx, &out).await,
         Command::Status(args) => cmd::status::run(args, &ctx, out).await,
         Command::Restore(args) => cmd::restore::run(args, &ctx, out).await,
         Command::Config(cmd::check::ConfigCommand::Check) => cmd::check::run(&ctx, &out),

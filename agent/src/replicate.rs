@@ -44,7 +44,9 @@ use backhaul_transport::error::TransportError;
 use tokio::time::Instant;
 
 use crate::capture::{Capture, Provider};
+use crate::condition::VolumeReport;
 use crate::connection::{Session, SessionError, unix_millis};
+use crate::pipeline::load::{Load, Paced};
 use crate::pipeline::pace::Compression;
 use crate::pipeline::scanner::ScanVolume;
 use crate::state::{Joined, LastPoint, PendingCommit, ProtectedVolume, StateDir, WriterState};
@@ -85,6 +87,8 @@ pub struct Round<'a> {
     pub provider: &'a dyn Provider,
     /// Threads that scan.
     pub threads: usize,
+    /// How much may be asked of the server.
+    pub load: Arc<Load>,
     /// How hard blocks are compressed.
     pub compression: Compression,
     /// When to commit.
@@ -96,12 +100,16 @@ pub struct Round<'a> {
 }
 
 /// What a round begins with.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug)]
 pub struct Stage {
     /// Bytes of blocks that were written since the last round.
     pub marked: u64,
+    /// Bytes that are looked at, with those of volumes of which all is.
+    pub to_read: u64,
     /// Volumes whose marks can't be relied upon, and why: all of each is read.
     pub unknown: Vec<String>,
+    /// All volumes.
+    pub volumes: Vec<VolumeReport>,
 }
 
 /// What a commit states of its volumes, in the order in which they were offered.
@@ -138,6 +146,8 @@ pub struct RoundReport {
     pub bytes_sent: u64,
     /// Bytes of all messages, in both directions.
     pub metadata_bytes: u64,
+    /// Bytes of blocks that were marked since the last round; `None` where nothing is marked.
+    pub marked_bytes: Option<u64>,
     /// How long file systems were frozen, if they were.
     pub frozen_for: Option<Duration>,
     /// When all of every volume had last been read.
@@ -183,7 +193,7 @@ impl Round<'_> {
         looking.judge(tracking)?;
         let (found, mut caveats) = looking.label()?;
         let consistency = self.provider.finish(found, &mut caveats);
-        let frozen_for = looking.frozen_for;
+        let (frozen_for, marked_bytes) = (looking.frozen_for, looking.marked_bytes());
         let capture_start = looking.stood_at.unwrap_or(capture_start);
         let digest_of = |slot: &VolumeSlot| {
             scan.digests.volumes.iter().find(|(s, _)| s == slot).map(|(_, d)| *d).expect("every volume was scanned")
@@ -216,6 +226,7 @@ impl Round<'_> {
             committed,
             consistency,
             caveats,
+            marked_bytes,
             frozen_for,
             full_scan: full_scans.values().min().copied(),
             missed_blocks: tracking.checks.misses(),
@@ -272,7 +283,9 @@ impl Round<'_> {
                 reached(Situation::RangesCompared);
                 Known::Ranges(ask_ranges(session, slot, geometry.pages()).await?)
             };
-            let scan = ScanVolume { slot, geometry, read_len: source.read_len(), volume: Box::new(source), index };
+            let (read_len, load) = (source.read_len(), self.load.clone());
+            let volume = Box::new(Paced { volume: source, load });
+            let scan = ScanVolume { slot, geometry, read_len, volume, index };
             planned.push(PlannedVolume { scan: Arc::new(scan), known, opened: opened.clone() });
         }
         planned.sort_by_key(|p| p.opened.slot);

@@ -11,6 +11,7 @@
 //! | `writer.json` | nonces and the newest commits |
 //! | `hooks.json` | that a post hook is owed, see [`crate::capture::hooks::debt`] |
 //! | `index/` | digests of blocks, see [`crate::tracker::hash_index`] |
+//! | `paused.json` | while somebody wants `run` to make no points |
 //! | `lock` | held by `sync` or `run` |
 //! | `volumes.lock` | held while `volumes.json` is read and replaced |
 
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 use backhaul_protocol::geometry::Geometry;
 use backhaul_protocol::ids::{AgentId, CommitId, GroupId, Incarnation, LogSeq, Name, StateId, VolumeId, WriterNonce};
 use backhaul_protocol::store::fleet::AgentRole;
+use backhaul_protocol::store::log::UnixMillis;
 use backhaul_transport::authority::AgentKey;
 use backhaul_transport::tls::TlsError;
 use backhaul_volume::Identity;
@@ -69,6 +71,8 @@ impl StateError {
 
 /// How long another command's change of the list of volumes is waited for; it takes milliseconds.
 const VOLUMES_LOCK: Duration = Duration::from_secs(10);
+
+const PAUSED: &str = "paused.json";
 
 /// Who the agent is since it joined.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -142,6 +146,38 @@ pub struct WriterState {
     pub last: Option<LastPoint>,
     /// Bytes of block records of all points that this agent made.
     pub sent: u64,
+}
+
+/// Somebody wants `run` to make no points.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Paused {
+    /// Since when, ms since 1970.
+    pub since_ms: i64,
+    /// Until when; `None`: until it is resumed.
+    pub until_ms: Option<i64>,
+    /// Who.
+    pub by: String,
+    /// Why.
+    pub reason: Option<String>,
+}
+
+impl Paused {
+    /// Whether it is over.
+    pub fn is_over(&self, now: UnixMillis) -> bool {
+        self.until_ms.is_some_and(|until| until <= now.0)
+    }
+}
+
+impl std::fmt::Display for Paused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let time = |ms| backhaul_cli::text::time(UnixMillis(ms));
+        match self.until_ms {
+            Some(until) => write!(f, "until {}", time(until))?,
+            None => f.write_str("until `backhaul-agent resume`")?,
+        }
+        write!(f, ", by {} at {}", self.by, time(self.since_ms))?;
+        self.reason.iter().try_for_each(|reason| write!(f, ": {reason}"))
+    }
 }
 
 /// A point that this agent made, for `status`.
@@ -384,6 +420,25 @@ impl StateDir {
             })
             .collect();
         self.write_json("volumes.json", &files)
+    }
+
+    /// Whether somebody wants no points, and it is not over.
+    pub fn paused(&self, now: UnixMillis) -> Result<Option<Paused>, StateError> {
+        Ok(self.read_json::<Paused>(PAUSED)?.filter(|paused| !paused.is_over(now)))
+    }
+
+    /// Outlives a restart.
+    pub fn pause(&self, paused: &Paused) -> Result<(), StateError> {
+        self.write_json(PAUSED, paused)
+    }
+
+    /// Ends it.
+    pub fn resume(&self) -> Result<(), StateError> {
+        match std::fs::remove_file(self.path.join(PAUSED)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(self.unusable(PAUSED, e)),
+            // A power loss may bring it back: then it is said that it is paused, and by whom.
+            _ => Ok(()),
+        }
     }
 
     /// What the writer must remember. A file that is lost or damaged means a nonce that is not known, and that the

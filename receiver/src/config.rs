@@ -36,6 +36,8 @@ pub struct Settings {
     pub segment_size: Option<Bytes>,
     /// Agents that may be connected at once.
     pub max_sessions: Option<usize>,
+    /// Where `serve` answers Prometheus.
+    pub metrics: Option<SocketAddr>,
     /// Congestion control of what is sent.
     pub congestion: Option<String>,
     /// Whether the kernel cuts what is sent into packets.
@@ -106,6 +108,7 @@ impl Config {
                 segment_size,
                 max_sessions,
                 tuning,
+                metrics: settings.metrics,
                 ..defaults
             },
         })

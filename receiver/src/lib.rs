@@ -21,6 +21,8 @@ pub mod limits;
 pub mod locate;
 pub mod measuring;
 pub mod membership;
+pub mod metering;
+pub mod metrics;
 pub mod notices;
 pub mod object_ids;
 pub mod plan;

@@ -3,7 +3,7 @@
 //! Read first: [`SegmentWriter::push`], then [`Budget`]. A segment is sealed by size, by number of records, when the
 //! round ends, or when somebody else needs the memory.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use backhaul_protocol::limits::MAX_SEGMENT_RECORDS;
@@ -38,6 +38,7 @@ pub struct Budget {
     total: usize,
     writers: Mutex<Vec<Weak<SegmentWriter>>>,
     spare: Arc<Semaphore>,
+    ingested: AtomicU64,
 }
 
 /// Memory of a segment. Used memory has a place among those that are kept.
@@ -52,12 +53,18 @@ impl Budget {
     pub fn new(bytes: usize) -> Arc<Self> {
         let total = (bytes / PIECE).max(1);
         let pieces = Arc::new(Semaphore::new(total));
-        Arc::new(Self { pieces, total, writers: Mutex::default(), spare: Arc::new(Semaphore::new(SPARE)) })
+        let (writers, spare) = (Mutex::default(), Arc::new(Semaphore::new(SPARE)));
+        Arc::new(Self { pieces, total, writers, spare, ingested: AtomicU64::new(0) })
     }
 
     /// Bytes that are in use.
     pub fn taken(&self) -> usize {
         (self.total - self.pieces.available_permits()) * PIECE
+    }
+
+    /// Bytes of verified records that were taken so far.
+    pub fn ingested(&self) -> u64 {
+        self.ingested.load(Ordering::Relaxed)
     }
 
     /// Waits for so many bytes. Who has to wait makes the largest open segment of any session go to the store.
@@ -214,6 +221,7 @@ impl SegmentWriter {
     /// Adds verified records. Waits while the budget is used up or two segments are on their way already, which is what
     /// slows the agent down.
     pub async fn push(self: &Arc<Self>, batch: &[u8], records: &[(RecordHeader, usize)]) {
+        self.budget.ingested.fetch_add(batch.len() as u64, Ordering::Relaxed);
         self.wait_for_collection().await;
         // A piece more: where the batch spreads over two segments, both are charged in whole pieces.
         let need = batch.len() + records.len() * INDEX_ROW_LEN + PIECE;

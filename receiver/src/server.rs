@@ -27,6 +27,7 @@ use crate::catalog::{Catalog, GroupLog};
 use crate::credit::Credit;
 use crate::limits::Limits;
 use crate::measuring::AT_ONCE;
+use crate::metrics::Counts;
 use crate::quota::Quota;
 use crate::read_error::ReadError;
 use crate::round::{GroupState, RoundResources};
@@ -50,6 +51,8 @@ pub struct ServerSettings {
     pub limits: Limits,
     /// How connections treat their path.
     pub tuning: Tuning,
+    /// Where Prometheus is answered.
+    pub metrics: Option<SocketAddr>,
 }
 
 impl Default for ServerSettings {
@@ -65,6 +68,7 @@ impl Default for ServerSettings {
             revocation_check: Duration::from_secs(10),
             limits: Limits::default(),
             tuning: Tuning::default(),
+            metrics: None,
         }
     }
 }
@@ -242,6 +246,8 @@ pub struct Shared {
     pub seen: Seen,
     /// Whose path is measured.
     pub measured: Arc<Semaphore>,
+    /// For metrics.
+    pub counts: Arc<Counts>,
 }
 
 /// What sessions hold at this moment: nothing of it when there are none.
@@ -296,6 +302,7 @@ impl Shared {
             session_numbers: AtomicU64::new(1),
             seen: Seen::default(),
             measured: Arc::new(Semaphore::new(AT_ONCE)),
+            counts: Arc::default(),
         })
     }
 

@@ -155,6 +155,7 @@ impl Inside {
             volumes: &volumes,
             provider: &backhaul_agent::capture::Live,
             threads: 2,
+            load: Arc::default(),
             compression: Compression::default(),
             when: CommitWhen::Always,
             progress: Self::quiet().progress(1).phase("scan", 1),

@@ -12,6 +12,7 @@ pub mod fixture;
 pub mod image;
 pub mod inside;
 pub mod memory;
+pub mod metrics;
 pub mod network;
 pub mod noting;
 pub mod peer;

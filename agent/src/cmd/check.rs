@@ -25,6 +25,12 @@ struct Meant {
     freeze_memory: usize,
     full_scan_every_seconds: f64,
     threads: usize,
+    send_rate: Option<u64>,
+    send_windows: Vec<String>,
+    read_rate: Option<u64>,
+    nice: i32,
+    io: &'static str,
+    metrics: Option<String>,
     compression: String,
     block_size: u32,
     machine_id_file: String,
@@ -67,6 +73,12 @@ pub fn run(ctx: &Context, out: &Output) -> anyhow::Result<Exit> {
         freeze_memory: c.limits.memory,
         full_scan_every_seconds: c.full_scan_every.as_secs_f64(),
         threads: c.threads,
+        send_rate: c.load.send.usual,
+        send_windows: c.load.send.windows.iter().map(|w| format!("{w}: {}", rate(Some(w.rate)))).collect(),
+        read_rate: c.load.read,
+        nice: c.load.priority.nice,
+        io: c.io.as_str(),
+        metrics: c.metrics.map(|at| at.to_string()),
         compression: c.compression.to_string(),
         block_size: c.block_size,
         machine_id_file: c.machine_id_file.display().to_string(),
@@ -76,7 +88,7 @@ pub fn run(ctx: &Context, out: &Output) -> anyhow::Result<Exit> {
         hooks: c.snapshot.hooks().map(MeantHooks::of),
     };
     let text = format!(
-        "settings are right\nstate {}\nreceiver {}\nevery {}\nprefer {}\nfreeze_limit {}\nsync_limit {}\nfreeze_memory {}\nfull_scan_every {}\nthreads {}\ncompression {}\nblock_size {}\nmachine_id_file {}\ncongestion {}\nsegmentation_offload {}\nsnapshot {}",
+        "settings are right\nstate {}\nreceiver {}\nevery {}\nprefer {}\nfreeze_limit {}\nsync_limit {}\nfreeze_memory {}\nfull_scan_every {}\nthreads {}\nsend_rate {}\nsend_windows {}\nread_rate {}\nnice {}\nio {}\nmetrics {}\ncompression {}\nblock_size {}\nmachine_id_file {}\ncongestion {}\nsegmentation_offload {}\nsnapshot {}",
         meant.state,
         meant.receiver.as_deref().unwrap_or("(as the join token said)"),
         text::duration(c.every),
@@ -86,6 +98,12 @@ pub fn run(ctx: &Context, out: &Output) -> anyhow::Result<Exit> {
         text::bytes(c.limits.memory as u64),
         text::duration(c.full_scan_every),
         meant.threads,
+        rate(meant.send_rate),
+        if meant.send_windows.is_empty() { "(none)".to_owned() } else { meant.send_windows.join("; ") },
+        rate(meant.read_rate),
+        meant.nice,
+        meant.io,
+        meant.metrics.as_deref().unwrap_or("(off)"),
         meant.compression,
         text::bytes(u64::from(meant.block_size)),
         meant.machine_id_file,
@@ -117,5 +135,13 @@ fn told(snapshot: &Snapshot) -> String {
                 h.pre, h.post
             )
         }
+    }
+}
+
+fn rate(rate: Option<u64>) -> String {
+    match rate {
+        None => "(no limit)".into(),
+        Some(0) => "nothing is sent".into(),
+        Some(n) => format!("{} a second", text::bytes(n)),
     }
 }

@@ -8,9 +8,10 @@ use clap::Args;
 use serde::Serialize;
 
 use super::Context;
+use crate::condition::Report;
 use crate::connection::unix_millis;
 use crate::state::LastPoint;
-use crate::status::{Report, ask};
+use crate::status::ask;
 
 /// Options of `status`.
 #[derive(Args, Clone, Debug)]
@@ -21,6 +22,9 @@ pub struct StatusArgs {
     /// The longest lag that is right
     #[arg(long, default_value = "5m", value_parser = text::parse_duration, value_name = "TIME")]
     pub max_lag: Duration,
+    /// Exit 7 also if all of every volume was not read and compared within this time
+    #[arg(long, value_parser = text::parse_duration, value_name = "TIME")]
+    pub max_full_scan_age: Option<Duration>,
 }
 
 #[derive(Serialize)]
@@ -29,6 +33,8 @@ struct Volume {
     path: String,
     bytes: u64,
     identity: String,
+    /// `on` where the kernel marks what is written, or why it does not; `None` while nobody runs.
+    hints: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -42,6 +48,11 @@ struct Status {
     /// RFC 3339: what is written before is in the newest point.
     protected_until: Option<String>,
     lag_seconds: Option<f64>,
+    /// RFC 3339: all of every volume was read and compared by then.
+    full_scan: Option<String>,
+    data_checked_lag_seconds: Option<f64>,
+    /// Until when, by whom and why no points are made.
+    paused: Option<String>,
     highest_point_seen: u64,
     /// Bytes of block records of all points that this agent made.
     sent_bytes: u64,
@@ -59,17 +70,25 @@ pub async fn run(args: StatusArgs, ctx: &Context, out: Output) -> anyhow::Result
     // Before its first round has ended, `run` knows no more than what was written down.
     let until = report.as_ref().and_then(|r| r.protected_until).or(writer.last.as_ref().map(|l| l.protected_until));
     let lag = until.and_then(|at| lag(at, unix_millis().0));
+    let full_scan = report.as_ref().and_then(|r| r.full_scan_ms);
+    let checked_lag = full_scan.and_then(|at| self::lag(at, unix_millis().0));
+    let paused = state.paused(unix_millis())?.map(|p| p.to_string());
     let mut lines = vec![format!("group {}, agent {}, receiver {}", joined.group_name, joined.agent, joined.receiver)];
     lines.push(match &report {
-        None => "not running: points are made by `backhaul-agent sync` or `run`".into(),
+        None => match &paused {
+            None => "not running: points are made by `backhaul-agent sync` or `run`".into(),
+            Some(paused) => format!("not running, and paused {paused}"),
+        },
         Some(r) => describe(r),
     });
     lines.push(newest(report.as_ref(), writer.last.as_ref(), until, lag));
+    lines.extend(report.as_ref().map(|r| figures(r, checked_lag)));
     let sent = text::bytes(writer.sent);
     lines.push(format!("highest point seen {}; {sent} sent for points so far; nothing is pruned", writer.high_water));
-    lines.extend(
-        volumes.iter().map(|v| format!("  {}  {}  {}", v.name, v.path.display(), text::bytes(v.geometry.length()))),
-    );
+    lines.extend(volumes.iter().map(|v| {
+        let hints = hints(report.as_ref(), v.name.as_str()).map_or(String::new(), |h| format!("  changes marked: {h}"));
+        format!("  {}  {}  {}{hints}", v.name, v.path.display(), text::bytes(v.geometry.length()))
+    }));
     let status = Status {
         group: joined.group_name.to_string(),
         agent: joined.agent.to_string(),
@@ -77,7 +96,9 @@ pub async fn run(args: StatusArgs, ctx: &Context, out: Output) -> anyhow::Result
         running: report.is_some(),
         protected_until: until.map(|at| text::time(UnixMillis(at))),
         lag_seconds: lag.map(|l| l.as_secs_f64()),
-        report,
+        full_scan: full_scan.map(|at| text::time(UnixMillis(at))),
+        data_checked_lag_seconds: checked_lag.map(|l| l.as_secs_f64()),
+        paused,
         highest_point_seen: writer.high_water.0,
         sent_bytes: writer.sent,
         pruned: false,
@@ -88,19 +109,36 @@ pub async fn run(args: StatusArgs, ctx: &Context, out: Output) -> anyhow::Result
                 path: v.path.display().to_string(),
                 bytes: v.geometry.length(),
                 identity: v.identity.describe(),
+                hints: hints(report.as_ref(), v.name.as_str()),
             })
             .collect(),
+        // What is told of volumes is told with them.
+        report: report.map(|r| Report { volumes: Vec::new(), ..r }),
     };
     if args.check && lag.is_none_or(|l| l > args.max_lag) {
         let why = match lag {
             None => until.map_or_else(|| "there is no point yet".to_owned(), still_to_come),
             Some(l) => format!("the lag is {}, allowed are {}", text::duration(l), text::duration(args.max_lag)),
         };
-        let cause = match &status.report {
-            None => ": `backhaul-agent run` is not running".to_owned(),
-            Some(r) => r.cause.as_ref().map_or(String::new(), |c| format!(": {c}")),
+        let cause = match (&status.report, &status.paused) {
+            (None, None) => ": `backhaul-agent run` is not running".to_owned(),
+            (None, Some(paused)) => format!(": `backhaul-agent run` is not running, and paused {paused}"),
+            (Some(r), _) => r.cause.as_ref().map_or(String::new(), |_| format!(": {}", describe(r))),
         };
         return Err(Failure::new(Exit::Lag, "E_LAG", format!("{why}{cause}")).into());
+    }
+    if let Some(most) = args.max_full_scan_age.filter(|_| args.check)
+        && checked_lag.is_none_or(|l| l > most)
+    {
+        let why = match checked_lag {
+            None => "it is not known that all of every volume was ever read".to_owned(),
+            Some(l) => format!(
+                "all of every volume was last read {} ago, allowed are {}",
+                text::duration(l),
+                text::duration(most)
+            ),
+        };
+        return Err(Failure::new(Exit::Lag, "E_LAG", why).into());
     }
     out.result("backhaul.status/1", &status, &lines.join("\n"));
     Ok(Exit::Done)
@@ -120,11 +158,31 @@ fn still_to_come(until: i64) -> String {
 }
 
 fn describe(r: &Report) -> String {
-    let state = serde_json::to_value(r.state).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
+    let state = r.state.as_str();
     match &r.cause {
-        None => state,
+        None => state.to_owned(),
         Some(cause) => format!("{state}: {cause}"),
     }
+}
+
+/// Whether the kernel marks what is written to a volume: `on`, or why not. `None` where nobody knows.
+fn hints(report: Option<&Report>, volume: &str) -> Option<String> {
+    let volume = report?.volumes.iter().find(|v| v.name == volume)?;
+    Some(volume.unmarked.clone().unwrap_or_else(|| "on".to_owned()))
+}
+
+/// What else there is to know, in one line.
+fn figures(r: &Report, checked_lag: Option<Duration>) -> String {
+    let mut parts = vec![format!("{} behind", text::bytes(r.behind_bytes))];
+    parts.extend(r.change_bytes_per_second.map(|n| format!("{} written a second", text::bytes(n as u64))));
+    parts.push(checked_lag.map_or("never all read".into(), |l| format!("all read {} ago", text::duration(l))));
+    if let (Some(last), Some(max), Some(p99)) = (r.frozen_ms, r.frozen_max_ms, r.frozen_p99_ms) {
+        parts.push(format!("frozen for {last:.0} ms, within the hour {max:.0} at most, {p99:.0} of 99 in 100"));
+    }
+    if r.missed_blocks > 0 {
+        parts.push(format!("{} changed blocks were not marked", r.missed_blocks));
+    }
+    parts.join("; ")
 }
 
 /// The newest point and what it is worth now. `run` has seen it or one of this agent's own; another agent's is neither.

@@ -9,6 +9,7 @@ use super::Context;
 use crate::capture;
 use crate::connection::{Session, SessionError, connect};
 use crate::machine::machine_id;
+use crate::pipeline::load::Load;
 use crate::protect;
 use crate::replicate::{CommitWhen, Round, RoundError, RoundReport};
 use crate::state::{Joined, StateDir};
@@ -44,6 +45,7 @@ pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
     let _lock = state.lock()?;
     ctx.pay_hooks().await?;
     let begun = Instant::now();
+    let load = Load::new(ctx.config.load.clone());
     let mut tried = 0;
     let report = loop {
         let (volumes, said) = protect::refresh(&state)?;
@@ -63,6 +65,7 @@ pub async fn run(ctx: &Context, out: Output) -> anyhow::Result<Exit> {
             volumes: &volumes,
             provider: &*provider,
             threads: ctx.config.threads,
+            load: load.clone(),
             compression: ctx.config.compression,
             when: CommitWhen::Always,
             progress: out.progress(1).phase("scan and send", total),

@@ -20,6 +20,7 @@ use bytes::Bytes;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 
+use super::load::Load;
 use super::pace::Pace;
 use crate::tracker::hash_index::{HashIndex, IndexError};
 
@@ -127,6 +128,8 @@ pub struct ScanShared {
     pub stop: AtomicBool,
     /// How hard to compress.
     pub pace: Pace,
+    /// How threads rank.
+    pub load: Arc<Load>,
 }
 
 /// The other ends of the workers' queues.
@@ -180,6 +183,7 @@ fn work(
     records: &mpsc::Sender<Bytes>,
     shared: &ScanShared,
 ) {
+    shared.load.rank_this_thread();
     let mut worker = match Worker::new() {
         Ok(worker) => worker,
         Err(e) => {

@@ -9,6 +9,8 @@ use bytes::Bytes;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 
+use super::load::Load;
+
 /// Streams of one round. Windows of 1 MiB each then fill the connection's 8 MiB.
 const STREAMS: usize = 8;
 /// Pieces that wait for a stream.
@@ -24,13 +26,13 @@ pub struct Sender {
 
 impl Sender {
     /// Streams are opened when there is something to send.
-    pub fn start(link: &Arc<dyn Link>) -> Self {
+    pub fn start(link: &Arc<dyn Link>, load: &Arc<Load>) -> Self {
         let (pieces, queue) = mpsc::channel::<Bytes>(QUEUE);
         let queue = Arc::new(Mutex::new(queue));
         let bytes = Arc::new(AtomicU64::new(0));
         let mut streams = JoinSet::new();
         for _ in 0..STREAMS {
-            streams.spawn(run_stream(link.clone(), queue.clone(), bytes.clone()));
+            streams.spawn(run_stream(link.clone(), queue.clone(), bytes.clone(), load.clone()));
         }
         Self { pieces, streams, bytes }
     }
@@ -65,11 +67,13 @@ async fn run_stream(
     link: Arc<dyn Link>,
     queue: Arc<Mutex<mpsc::Receiver<Bytes>>>,
     bytes: Arc<AtomicU64>,
+    load: Arc<Load>,
 ) -> Result<(), TransportError> {
     let mut stream = None;
     loop {
         let piece = queue.lock().await.recv().await;
         let Some(piece) = piece else { break };
+        load.send(piece.len() as u64).await;
         bytes.fetch_add(piece.len() as u64, Ordering::Relaxed);
         let stream = match &mut stream {
             Some(stream) => stream,

@@ -22,6 +22,7 @@ use super::feeding::Look;
 use super::standing::Course;
 use super::{Round, RoundError, Stage};
 use crate::capture::{Capture, Watching};
+use crate::condition::VolumeReport;
 use crate::quiesce::Quiescer;
 use crate::state::ProtectedVolume;
 use crate::tracker::checks::Checks;
@@ -192,15 +193,28 @@ impl<'a> Looking<'a> {
 
     /// What a round begins with.
     fn stage(&self, looks: &[Look]) -> Stage {
-        let (mut marked, mut unknown) = (0, Vec::new());
+        let (mut marked, mut to_read, mut unknown, mut volumes) = (0, 0, Vec::new(), Vec::new());
         for (v, look) in self.volumes.iter().zip(looks) {
+            let (name, bytes) = (v.volume.name.to_string(), v.volume.geometry.length());
+            to_read += match look {
+                Look::At(blocks) => blocks.count() * u64::from(v.volume.geometry.block_size()),
+                Look::Everywhere => bytes,
+            };
+            volumes.push(VolumeReport { name, bytes, unmarked: v.unmarked.clone() });
             match (look, v.marks.as_ref().map(|m| &m.since)) {
                 (Look::At(blocks), _) => marked += blocks.count() * u64::from(v.volume.geometry.block_size()),
                 (Look::Everywhere, Some(Since::Now(why))) => unknown.push(format!("{}: {why}", v.volume.name)),
                 (Look::Everywhere, _) => {}
             }
         }
-        Stage { marked, unknown }
+        Stage { marked, to_read, unknown, volumes }
+    }
+
+    /// Bytes of blocks that were marked and looked at; `None` where nothing is marked.
+    pub(super) fn marked_bytes(&self) -> Option<u64> {
+        let marked =
+            |v: &Looked<'_>| v.marks.as_ref().map(|m| m.read.count() * u64::from(v.volume.geometry.block_size()));
+        self.volumes.iter().filter_map(marked).reduce(|a, b| a + b)
     }
 
     /// `Crash` only if every volume stood still: at one instant that all share, or from before the first byte was read

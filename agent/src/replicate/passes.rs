@@ -35,11 +35,12 @@ impl Passes {
         session: &Session,
         first_capture: CaptureNumber,
     ) -> Result<Self, RoundError> {
-        let sender = Sender::start(&session.link);
+        let sender = Sender::start(&session.link, &round.load);
         let shared = Arc::new(ScanShared {
             capture: AtomicU64::new(first_capture.0),
             stop: AtomicBool::new(false),
             pace: Pace::new(round.compression, Some(session.link.clone())),
+            load: round.load.clone(),
         });
         let scanner =
             Scanner::start(round.threads, shared.clone(), sender.pieces.clone()).map_err(RoundError::Threads)?;

@@ -39,6 +39,11 @@ impl Checks {
         Self { period, volumes: BTreeMap::new() }
     }
 
+    /// Another period from now on.
+    pub fn set_period(&mut self, period: Duration) {
+        self.period = period;
+    }
+
     fn of(&mut self, volume: VolumeId, geometry: Geometry) -> &mut Check {
         let fits = |check: &Check| check.suspects.capacity() == geometry.blocks();
         if !self.volumes.get(&volume).is_some_and(fits) {

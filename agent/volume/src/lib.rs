@@ -14,6 +14,7 @@ pub mod durable;
 mod error;
 pub mod identity;
 pub mod mem;
+pub mod priority;
 pub mod rebuild;
 pub mod reflink;
 pub mod scan;

@@ -35,6 +35,27 @@ pub fn give_back_large_blocks() {
     }
 }
 
+/// Who `ioprio_set` is about: IOPRIO_WHO_PROCESS, which with 0 is the calling thread.
+const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+
+/// Sets class and level of the calling thread for disks.
+pub(crate) fn set_io_priority(code: i32) -> io::Result<()> {
+    // SAFETY: ioprio_set takes three ints and touches no memory of ours.
+    match unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, code) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Class and level of the calling thread for disks.
+pub(crate) fn io_priority() -> io::Result<i32> {
+    // SAFETY: ioprio_get takes two ints and touches no memory of ours.
+    match unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, 0) } {
+        -1 => Err(io::Error::last_os_error()),
+        code => Ok(code as i32),
+    }
+}
+
 /// Bytes of a block device.
 pub(crate) fn device_bytes(fd: impl AsFd) -> io::Result<u64> {
     // SAFETY: BLKGETSIZE64 writes one u64 through its argument (its opcode says size_t for historical reasons).

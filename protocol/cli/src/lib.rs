@@ -7,6 +7,7 @@
 
 mod confirm;
 mod failure;
+pub mod metrics;
 mod output;
 mod plan;
 mod progress;
@@ -68,8 +69,10 @@ fn usage_message(text: &str) -> String {
 pub enum Signals {
     /// [`run`]: the command is dropped where it is, exit 130.
     End,
-    /// The command itself: a service that ends in order, exit 0.
+    /// The command itself: a service that ends in order, exit 0. SIGHUP is passed over.
     Own,
+    /// The same, and SIGHUP too: it reads its settings again.
+    All,
 }
 
 /// Runs a command to its exit code: sets up logs, prints the error if there is one. `command` is given the output.
@@ -106,6 +109,9 @@ where
 /// Waits for a signal that ends the command. SIGHUP is one: the terminal is gone, and with it who waits for the result.
 /// A service does not end with the terminal that started it.
 async fn interrupted(signals: Signals) -> Failure {
+    if signals == Signals::All {
+        return std::future::pending().await;
+    }
     if signals == Signals::Own {
         let Ok(mut hup) = signal(SignalKind::hangup()) else { return std::future::pending().await };
         while hup.recv().await.is_some() {

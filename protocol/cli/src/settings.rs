@@ -60,6 +60,17 @@ impl<'de> serde::Deserialize<'de> for Bytes {
     }
 }
 
+/// Bytes per second as people write them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Rate(pub u64);
+
+impl<'de> serde::Deserialize<'de> for Rate {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(d)?;
+        crate::text::parse_rate(&text).map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
 /// A duration as people write it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Span(pub std::time::Duration);

@@ -45,6 +45,29 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(unit).ok_or_else(wrong)
 }
 
+/// `20MB`, `20MiB/s`, `100Mbit/s`: bytes per second.
+pub fn parse_rate(text: &str) -> Result<u64, String> {
+    let wrong = || format!("\"{text}\" is not a rate: want bytes per second as 20MB, or bits as 100Mbit");
+    let number = text.trim();
+    let number = number.strip_suffix("/s").unwrap_or(number);
+    let digits = number.find(|c: char| !c.is_ascii_digit()).unwrap_or(number.len());
+    let value: u64 = number[..digits].parse().map_err(|_| wrong())?;
+    let (unit, divisor): (u64, u64) = match number[digits..].trim() {
+        "" | "B" => (1, 1),
+        "kB" | "KB" => (1000, 1),
+        "MB" => (1_000_000, 1),
+        "GB" => (1_000_000_000, 1),
+        "KiB" => (1 << 10, 1),
+        "MiB" => (1 << 20, 1),
+        "GiB" => (1 << 30, 1),
+        "kbit" => (1000, 8),
+        "Mbit" => (1_000_000, 8),
+        "Gbit" => (1_000_000_000, 8),
+        _ => return Err(wrong()),
+    };
+    value.checked_mul(unit).map(|n| n / divisor).ok_or_else(wrong)
+}
+
 /// `15s`, `5m`, `1h`, `7d`.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("\"{text}\" is not a duration: want a number with ms, s, m, h or d");
@@ -119,6 +142,9 @@ mod tests {
         }
         assert!(parse_duration("99999999999d").is_err());
         assert_eq!(bytes(1536), "1.5 KiB");
+        let rates = ["0", "20MB", "20MiB/s", "100Mbit/s", "5 kB"].map(|text| parse_rate(text).ok());
+        assert_eq!(rates, [Some(0), Some(20_000_000), Some(20 << 20), Some(12_500_000), Some(5000)]);
+        assert!(["", "-1", "20Mb", "fast", "99999999999GB", "1MB/h"].iter().all(|bad| parse_rate(bad).is_err()));
     }
 
     #[test]

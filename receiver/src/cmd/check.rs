@@ -22,6 +22,7 @@ struct Meant {
     memory: u64,
     segment_size: u64,
     max_sessions: usize,
+    metrics: Option<String>,
     congestion: &'static str,
     segmentation_offload: bool,
 }
@@ -37,11 +38,12 @@ pub fn run(ctx: &Context, out: &Output) -> Exit {
         memory: c.server.memory as u64,
         segment_size: c.server.segment_size as u64,
         max_sessions: c.server.max_sessions,
+        metrics: c.server.metrics.map(|at| at.to_string()),
         congestion: c.server.tuning.congestion.as_str(),
         segmentation_offload: c.server.tuning.segmentation.is_offload(),
     };
     let text = format!(
-        "settings are right\nstore {}\nstate {}\nlisten {}\nadvertise {}\nmemory {}\nsegment_size {}\nmax_sessions {}\ncongestion {}\nsegmentation_offload {}",
+        "settings are right\nstore {}\nstate {}\nlisten {}\nadvertise {}\nmemory {}\nsegment_size {}\nmax_sessions {}\nmetrics {}\ncongestion {}\nsegmentation_offload {}",
         meant.store.as_deref().unwrap_or("(none)"),
         meant.state,
         meant.listen,
@@ -49,6 +51,7 @@ pub fn run(ctx: &Context, out: &Output) -> Exit {
         text::bytes(meant.memory),
         text::bytes(meant.segment_size),
         meant.max_sessions,
+        meant.metrics.as_deref().unwrap_or("(off)"),
         meant.congestion,
         meant.segmentation_offload
     );

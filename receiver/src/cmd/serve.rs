@@ -1,6 +1,7 @@
 //! `serve`: runs a receiver until SIGTERM.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use backhaul_cli::{Exit, Output};
 use backhaul_protocol::store::checkpoint::Sharing;
@@ -10,6 +11,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::Context;
+use crate::catalog::Catalog;
+use crate::metering::{Metered, StoreCounts};
+use crate::metrics;
 use crate::presence::Presence;
 use crate::server::Server;
 
@@ -26,6 +30,8 @@ pub async fn run(args: ServeArgs, ctx: &Context, _out: Output) -> anyhow::Result
     let authority = ctx.authority()?;
     let _lock = durable::lock(&ctx.config.state.join("lock"))?;
     let catalog = ctx.catalog().await?;
+    let counts = Arc::<StoreCounts>::default();
+    let catalog = Catalog { store: Metered::new(catalog.store, counts.clone()), ..catalog };
     // Without the right to list, what is missing looks forbidden: said now and not to every agent.
     catalog.store.list("", None, 1).await?;
     let presence = match catalog.format.sharing {
@@ -34,7 +40,11 @@ pub async fn run(args: ServeArgs, ctx: &Context, _out: Output) -> anyhow::Result
     };
     let mut settings = ctx.config.server.clone();
     settings.listen = args.listen.unwrap_or(settings.listen);
+    let metrics = settings.metrics;
     let server = Server::bind(catalog, authority, settings)?;
+    if let Some(at) = metrics {
+        metrics::start(at, server.shared(), counts).await;
+    }
     // Handlers before the line that says so: who reads it may send a signal at once.
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = CancellationToken::new();

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use backhaul_protocol::digest::{ObjectDigest, RangeDigest};
 use backhaul_protocol::ids::{CaptureNumber, CommitId, VolumeSlot};
 use backhaul_protocol::session::sink::GroupHead;
+use backhaul_protocol::store::log::UnixMillis;
 use backhaul_protocol::store::segment::DraftBinding;
 use backhaul_seams::mutant::{Mutant, planted};
 use backhaul_seams::random;
@@ -64,6 +65,11 @@ impl GroupState {
     /// The log.
     pub fn log(&self) -> &GroupLog {
         &self.log
+    }
+
+    /// When the newest point that is known began, by its agent's clock.
+    pub fn newest_point(&self) -> Option<UnixMillis> {
+        self.known.as_ref()?.head.point.as_ref().map(|(_, point)| point.capture_start)
     }
 
     /// Forgets everything, to be read again.

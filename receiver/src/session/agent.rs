@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backhaul_protocol::geometry::PageIndex;
-use backhaul_protocol::ids::VolumeSlot;
+use backhaul_protocol::ids::{LogSeq, VolumeSlot};
 use backhaul_protocol::session::sink::{Peer, Sink};
 use backhaul_protocol::store::fleet::AgentRole;
+use backhaul_protocol::store::log::{Body, UnixMillis};
 use backhaul_protocol::wire::message::{AgentMessage, CloseCode, Commit, Open, Reason, ReceiverMessage, Refusal};
 use backhaul_seams::clock;
 use backhaul_seams::mutant::{Mutant, planted};
@@ -22,6 +23,7 @@ use tokio::task::JoinSet;
 use super::refusal;
 use crate::access::{self, unix_millis};
 use crate::measuring::Measuring;
+use crate::metrics::{Counted, Doing};
 use crate::notices::Busy;
 use crate::read_session::Reading;
 use crate::round::{ABSORB_INTERVAL, GroupState, Round, after_commit};
@@ -65,6 +67,7 @@ pub(super) struct Session {
     busy: Busy,
     link: Arc<dyn Link>,
     streams: JoinSet<()>,
+    counted: Counted,
     // The last: nobody may get another state of the group while this session still has one.
     slot: SlotInUse,
 }
@@ -89,6 +92,7 @@ impl Session {
     ) -> Self {
         Self {
             slot: Shared::slot(&shared, identity.group),
+            counted: shared.counts.session(),
             shared,
             identity,
             sink: Sink::new(peer),
@@ -140,6 +144,7 @@ impl Session {
             };
             if let Err(refused) = done {
                 tracing::warn!(agent = %self.identity.agent, reason = ?refused.reason, text = %refused, "refused");
+                self.shared.counts.refused();
                 if !planted(Mutant::RefusalNotSaid) {
                     self.reply(ReceiverMessage::Refused(refused)).await;
                 }
@@ -178,6 +183,7 @@ impl Session {
                     .await
                     .map_err(|e| e.refusal())?;
                 self.mode = Mode::Reading(reading);
+                self.counted.does(Doing::Reading);
                 self.reply(ReceiverMessage::ReadOpened(opened)).await;
                 self.note_seen().await;
                 Ok(())
@@ -185,7 +191,8 @@ impl Session {
             AgentMessage::Ranges { volume, first } => self.ranges(volume, first).await,
             AgentMessage::Page { volume, page } => self.page(volume, PageIndex(page)).await,
             AgentMessage::Commit(commit) => self.commit(*commit).await,
-            AgentMessage::StillEqual { .. } => {
+            AgentMessage::StillEqual { at } => {
+                self.shared.counts.still_equal(self.identity.group, at);
                 self.note_seen().await;
                 Ok(())
             }
@@ -228,10 +235,26 @@ impl Session {
         if !self.slot.take_over_at(writers, self.superseded.clone()) {
             return Err(refusal(Reason::Superseded, "a newer session of the same group took over"));
         }
+        self.note_group(held.state.newest_point()).await;
         self.mode = Mode::Writing { round: Box::new(round), held };
+        self.counted.does(Doing::Writing);
         self.reply(ReceiverMessage::Opened(Box::new(opened))).await;
         self.note_seen().await;
         Ok(())
+    }
+
+    /// Has metrics tell of the group, by its name. Nobody else reads the record that has it.
+    async fn note_group(&self, point: Option<UnixMillis>) {
+        let (group, counts) = (self.identity.group, &self.shared.counts);
+        if self.shared.settings.metrics.is_none() || counts.knows(group) {
+            return;
+        }
+        let create = self.shared.catalog.log(group).read(LogSeq(0)).await;
+        let name = match create.ok().flatten().map(|(record, _)| record.body) {
+            Some(Body::Create(create)) => create.name.to_string(),
+            _ => group.to_string(),
+        };
+        counts.opened(group, &name, point);
     }
 
     /// The group's state, taken over from an older session if there is one, and how many writers the group had then. An
@@ -335,16 +358,19 @@ impl Session {
             std::future::pending::<()>().await;
         };
         let now = || unix_millis(clock::now());
+        let began = commit.capture_start;
         let committed = tokio::select! {
             biased;
             committed = round.commit(&mut held.state, &mut self.sink, self.identity.agent, commit, now) => committed,
             () = accept => unreachable!("accepting never ends"),
         };
+        self.counted.does(Doing::Idle);
         // What still comes on the streams of the round belongs nowhere, and would be kept for nobody.
         self.streams.shutdown().await;
         // Where it failed, whatever was thought to be known may be why: the next round reads it from the store again.
         let committed = committed?;
         held.is_true = true;
+        self.shared.counts.committed(self.identity.group, began);
         let log = held.state.log().clone();
         self.slot.hint.appended(committed.seq);
         drop(held);
@@ -385,6 +411,7 @@ impl Session {
             });
         }
         self.streams.shutdown().await;
+        self.counted.does(Doing::Idle);
         if let Mode::Writing { round, mut held } = std::mem::replace(&mut self.mode, Mode::Idle) {
             round.abandon(&mut held.state).await;
             held.is_true = true;

@@ -161,6 +161,7 @@ impl Node {
                 volumes: &volumes,
                 provider: &disks,
                 threads: 2,
+                load: Arc::default(),
                 compression: Compression::default(),
                 when,
                 progress,
