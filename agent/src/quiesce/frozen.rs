@@ -292,9 +292,8 @@ impl Volume for Frozen {
 
     fn read_at(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), VolumeError> {
         let size = u64::from(self.geometry.block_size());
-        let mut block = at.0 / size;
         debug_assert_eq!(at.0 % size, 0, "whole blocks are read");
-        for piece in buf.chunks_mut(size as usize) {
+        for (block, piece) in (at.0 / size..).zip(buf.chunks_mut(size as usize)) {
             let place = self.places.get(&block).copied().ok_or_else(|| VolumeError::OutOfBounds {
                 path: self.name.clone().into(),
                 at: block * size,
@@ -302,7 +301,6 @@ impl Volume for Frozen {
                 length: self.geometry.length(),
             })?;
             piece.copy_from_slice(&self.memory.0[place..place + piece.len()]);
-            block += 1;
         }
         Ok(())
     }
