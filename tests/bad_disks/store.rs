@@ -139,27 +139,41 @@ fn a_flush_or_a_write_fails_on_xfs() {
     fails_once(FileSystem::Xfs, "a_flush_or_a_write_fails_on_xfs");
 }
 
-/// The bytes of one object never reach the disk, and the kernel says so only at the flush: nothing is acknowledged, and
-/// a second flush, which would succeed, is not tried (F6). A restart mends it: the file system is well.
+/// The bytes of a small object never reach the disk, and the kernel says so only at the flush: nothing is acknowledged,
+/// and a second flush, which would succeed, is not tried (F6). A restart mends it: the file system is well.
 #[test]
 fn the_bytes_of_an_object_can_not_be_written() {
     if !needs_fault_disk("the_bytes_of_an_object_can_not_be_written") {
         return;
     }
     let mut s = Setup::new(FileSystem::Ext4);
-    for magic in [&b"BACKHAUL\x03\0"[..], b"BACKHAUL\x02\0"] {
-        s.change();
-        s.disk.disk.fault(Rule::new(Op::Write, Effect::Eio).containing(magic).times(1));
-        s.sync().fails(1, "E_STORE");
-        let failed = s.sync().fails(1, "E_STORE");
-        assert!(failed["error"]["message"].as_str().is_some_and(|m| m.contains("restarted")), "{failed}");
-        s.nothing_is_lost("before the restart");
-        s.serving.take().expect("it runs").stop();
-        s.disk.disk.heal();
-        s.start();
-        s.sync().ok();
-        s.nothing_is_lost("after the restart");
+    s.change();
+    s.disk.disk.fault(Rule::new(Op::Write, Effect::Eio).containing(b"BACKHAUL\x02\0").times(1));
+    s.sync().fails(1, "E_STORE");
+    let failed = s.sync().fails(1, "E_STORE");
+    assert!(failed["error"]["message"].as_str().is_some_and(|m| m.contains("restarted")), "{failed}");
+    s.nothing_is_lost("before the restart");
+    s.serving.take().expect("it runs").stop();
+    s.disk.disk.heal();
+    s.start();
+    s.sync().ok();
+    s.nothing_is_lost("after the restart");
+}
+
+/// A large object goes past the page cache, and the kernel says at once that a write failed: nothing is believed of that
+/// file, and another one is written and flushed.
+#[test]
+fn the_bytes_of_a_large_object_are_written_again() {
+    if !needs_fault_disk("the_bytes_of_a_large_object_are_written_again") {
+        return;
     }
+    let mut s = Setup::new(FileSystem::Ext4);
+    s.change();
+    s.disk.disk.fault(Rule::new(Op::Write, Effect::Eio).containing(b"BACKHAUL\x03\0").times(1));
+    let synced = s.sync();
+    synced.ok();
+    assert!(synced.err.contains("trying again"), "{synced:?}");
+    s.nothing_is_lost("after the second try");
 }
 
 /// A disk that says yes to every flush and keeps nothing: no receiver can know. The agent does, afterwards (F25).

@@ -97,7 +97,10 @@ pub fn unprotect(args: &UnprotectArgs, ctx: &Context, out: &Output) -> anyhow::R
         return Err(Failure::new(Exit::NotFound, "E_NOTFOUND", text).into());
     };
     let left: Vec<_> = state.volumes()?.iter().map(|v| v.id).collect();
-    if let Err(cause) = KernelHints::new(joined.state).keep(&left) {
+    // Beside a running service nobody else may touch what is pinned; what is left there costs little, until a reboot.
+    if let Ok(_lock) = state.lock()
+        && let Err(cause) = KernelHints::new(joined.state).keep(&left)
+    {
         out.warn(&format!("the kernel goes on to track its writes until the next reboot: {cause}"));
     }
     let result = Removed { name: removed.name.to_string(), path: removed.path.display().to_string() };
