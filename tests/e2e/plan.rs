@@ -292,13 +292,15 @@ fn nothing_is_written_and_nothing_is_left() {
     assert_eq!(image::digest(&f.path("disk"), 65536), before, "I23");
     assert_eq!(pins(), BTreeSet::new(), "what was pinned is gone with it");
 
-    // Interrupted it tidies up at once, killed the next one does; never what another one is using.
+    // Interrupted while it looks it tidies up at once; killed, or while it begins, the next one does; never what another one
+    // is using.
     let long = ["plan", text(device.path()), "--for", "60s", "--every", "1s"];
     let started = |known: &BTreeSet<PathBuf>| {
         let child = agent.start(&long);
         until("it is pinned", Duration::from_secs(20), || pins().difference(known).next().is_some());
         let new = pins().difference(known).next().cloned().expect("it is there");
-        until("the tracker is there", Duration::from_secs(20), || new.join("volumes").exists());
+        until("the tracker is there", Duration::from_secs(20), || new.join("table").exists());
+        std::thread::sleep(Duration::from_secs(1));
         (child, new)
     };
     let (mut interrupted, _) = started(&BTreeSet::new());
@@ -306,7 +308,6 @@ fn nothing_is_written_and_nothing_is_left() {
     assert_eq!(interrupted.wait(Duration::from_secs(10)).code(), Some(130));
     assert_eq!(pins(), BTreeSet::new());
     let (mut killed, left) = started(&BTreeSet::new());
-    std::thread::sleep(Duration::from_secs(1));
     killed.kill();
     assert_eq!(pins(), BTreeSet::from([left.clone()]), "who is killed leaves it");
     let (other, used) = started(&BTreeSet::from([left.clone()]));
